@@ -1,0 +1,11 @@
+"""Tests run without a network, on two threads, from any folder."""
+
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+torch.set_num_threads(2)
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
