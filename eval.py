@@ -38,11 +38,11 @@ PRESETS = {
 
 
 def parse_args(argv=None):
-    parser = common.make_parser(__doc__)
+    parser = common.make_parser(__doc__, "eval")
     yes_no, kernels = argparse.BooleanOptionalAction, sorted({k for of in common.KERNELS.values() for k in of})
     g = parser.add_argument_group("what is compared")
     g.add_argument("--lora", nargs="*", default=[], metavar="PATH", help="LoRAs: run folders, checkpoints or files")
-    g.add_argument("--prompts", default="", help="file(s), comma-separated: .txt, a prompt a line, or .jsonl")
+    g.add_argument("--prompts", default="prompts/benchmark_ir.txt", help="comma-separated .txt or .jsonl files")
     g.add_argument("--num-prompts", type=int, help="P: only the first P prompts; default all (paper: 100)")
     g.add_argument("--images-per-prompt", type=int, default=10, help="K: images per prompt (paper: 10)")
     g.add_argument("--rewards", default="hpsv2", help="names, comma-separated, no weights: each is reported by itself")

@@ -214,13 +214,13 @@ def test_names_of_a_lora(world, tmp_path):
 def damaged(weights, how):
     """A copy of a good LoRA with one thing wrong, and words of the message."""
     key = next(k for k in weights if k.endswith("lora_A.weight") and "attn" in k)
-    weights = dict(weights)
+    weights, (rank, wide) = dict(weights), weights[key].shape
     if how == "wider model":
-        weights[key] = torch.zeros(2, weights[key].shape[1] + 1)
-        return weights, ["the layer itself is (96, 96)"]
+        weights[key] = torch.zeros(rank, wide + 1)
+        return weights, [f"the layer itself is ({wide}, {wide})"]
     if how == "other rank":
-        weights[key] = torch.zeros(3, weights[key].shape[1])
-        return weights, ["(96, 2) and (3, 96)"]
+        weights[key] = torch.zeros(rank + 1, wide)
+        return weights, [f"({wide}, {rank}) and ({rank + 1}, {wide})"]
     if how == "deeper model":
         for part in ("lora_A", "lora_B"):
             layer = key.replace("lora_A", part)
@@ -269,7 +269,7 @@ BAD = {
     "--lora {prompts}": ["no readable safetensors file"],
     "--lora {root}/empty.safetensors": ["it has nothing"],
     "--prompts no_such_file.txt": ["no_such_file.txt does not exist"],
-    "--prompts=": ["--prompts is missing"],
+    "--prompts=": ["does not exist", "one prompt a line"],
     "--rewards shape": ["unknown reward 'shape'", "did you mean shapes"],
     "--rewards shapes=1,jpeg=0.5": ["--rewards shapes=1,jpeg=0.5 has weights"],
     "--rewards ocr": ["reward 'ocr'"],

@@ -192,7 +192,7 @@ def test_potentials_telescope():
 
 
 class Chain:
-    """x_{t-1} = A_t x_t + B_t + sigma_t z with r = c x_0; the optimal policy shifts every mean by sigma^2 c M / beta."""
+    """x_{t-1} = A_t x_t + B_t + sigma_t z, r = c x_0; the optimal policy shifts every mean by sigma^2 c M / beta."""
 
     def __init__(self, steps=10, seed=None):
         rng = np.random.default_rng(seed)
