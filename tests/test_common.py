@@ -82,8 +82,9 @@ def test_load_prompts_says_what_is_wrong(tmp_path, name, content, words):
 
 
 def test_load_prompts_of_nothing():
-    with pytest.raises(common.UsageError, match="--prompts is missing"):
-        common.load_prompts("")
+    for nothing in ("", ","):
+        with pytest.raises(common.UsageError, match="--prompts .*does not exist"):
+            common.load_prompts(nothing)
 
 
 # ---- random numbers -------------------------------------------------------------------------------------------------
@@ -367,7 +368,7 @@ REFUSED = [
     ("--noise-level 1.5 --kernel cps", ["--noise-level 1.5", "cps"]),
     ("--train-fraction 0 --steps 10", ["--train-fraction 0", "1 to 10"]),
     ("--train-fraction 1.2 --steps 10", ["--train-fraction 1.2", "1 to 10"]),
-    ("--prompts=", ["--prompts is missing"]),
+    ("--prompts=", ["--prompts", "does not exist"]),
     ("--prompts nowhere.txt", ["--prompts nowhere.txt", "does not exist"]),
     ("--preset nothing", ["--preset nothing", "sd15-hpsv2"]),
     ("--model sd16", ["--model sd16", "sd3.5-medium"]),

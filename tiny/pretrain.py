@@ -85,7 +85,8 @@ def make_dataset(seed: int) -> tuple[list[str], torch.Tensor]:
 
 def vocabulary() -> list[str]:
     every = [p for split in ("train", "heldout") for k in shapes.captions(split).values() for p in k]
-    return sorted({word for p in every for word in p.split()})
+    # longest first: a merge of "red" must not split "three"
+    return sorted({word for p in every for word in p.split()}, key=lambda word: (-len(word), word))
 
 
 def make_t5_tokenizer() -> T5Tokenizer:
@@ -367,7 +368,7 @@ def train_sd35(args, log, prompts, images):
         x0 = latents[rows]
         noise = torch.randn(x0.shape, generator=generator, device=args.device)
         t = torch.randn(n, generator=generator, device=args.device).sigmoid()  # logit-normal
-        t = 2 * t / (1 + t)  # a little more weight on the noisy half, where the sampler's grid is
+        t = 3 * t / (1 + 2 * t)  # shifted like the sampler's grid: the objects are decided in the noisy part
         x_t = (1 - t.view(-1, 1, 1, 1)) * x0 + t.view(-1, 1, 1, 1) * noise
         v = net["transformer"](x_t, context, pooled, 1000 * t).sample
         return F.mse_loss(v, noise - x0), {}

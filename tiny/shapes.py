@@ -20,7 +20,7 @@ import numpy as np
 from scipy import ndimage
 
 SIZE = 32
-CELL = 4  # pixels; corners and sizes are multiples of it (one VAE latent), which keeps the world easy to learn
+CELL = 8  # pixels; corners and sizes are multiples of it, which keeps the world easy to learn
 COLOURS = {
     "red": (0.95, 0.15, 0.15),
     "green": (0.15, 0.85, 0.20),
@@ -144,7 +144,7 @@ def _place(scene: Scene, sizes: list[int], rng: np.random.Generator) -> list[tup
             return None
     if scene.relation:
         (x1, y1), (x2, y2) = ((x + s / 2, y + s / 2) for (x, y), s in zip(corners, sizes))
-        if not _related(scene.relation, x1 - x2, y1 - y2, least=CELL, tie=2):
+        if not _related(scene.relation, x1 - x2, y1 - y2, least=MIN_OFFSET, tie=2):
             return None
     return corners
 
@@ -160,10 +160,9 @@ def render(caption: str, rng: np.random.Generator) -> np.ndarray:
     """One random image of the caption: (32, 32, 3) uint8."""
     scene = parse(caption)
     wanted = [(colour, shape) for n, colour, shape in scene.objects for _ in range(n)]
-    largest = {1: 4, 2: 3, 3: 2, 4: 2}[len(wanted)]
     corners = None
     while corners is None:
-        sizes = [CELL * int(s) for s in rng.integers(2 if len(wanted) > 1 else 3, largest + 1, len(wanted))]
+        sizes = [CELL * int(s) for s in rng.integers(1, 3 if len(wanted) < 3 else 2, len(wanted))]
         corners = _place(scene, sizes, rng)
     image = np.zeros((SIZE, SIZE, 3))
     names = list(COLOURS)
