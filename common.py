@@ -77,7 +77,7 @@ def add_args(parser: argparse.ArgumentParser) -> None:
     g.add_argument("--detach-uncond", action=yes_no, default=False, help="no gradient through the unconditional branch (early Flow-GRPO, VGG-Flow)")
     g.add_argument("--train-fraction", type=float, help="leading fraction of the T steps that are trained (Flow-GRPO: 0.99 = all but the last); default 1 for SD1.5, 0.99 for SD3.5")
     g.add_argument("--resolution", type=int, help="pixels per side (paper: 512); default 512 for SD1.5 and SD3.5, else the model's own")
-    g.add_argument("--max-sequence-length", type=int, default=256, help="length of SD3.5's T5 part of the text; the embedded model uses 16 (Flow-GRPO: 128)")
+    g.add_argument("--max-sequence-length", type=int, default=256, help="length of SD3.5's T5 part of the text; the embedded model uses 10 (Flow-GRPO: 128)")
 
     g = parser.add_argument_group("optimisation")
     g.add_argument("--epochs", type=int, default=150, help="rollout-update rounds (paper: 150, App. D)")
@@ -135,10 +135,14 @@ class _Help(argparse.HelpFormatter):
         return text if plain else text + " [%(default)s]"
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {message}\n")  # one sentence, without the usage
+
+
 def make_parser(doc: str, method: str) -> argparse.ArgumentParser:
     title = doc.strip().split("\n")[0]
-    usage = "%(prog)s [flags]     (--help lists them)"  # so that an error is one sentence
-    return argparse.ArgumentParser(f"{method}.py", usage, title, formatter_class=lambda prog: _Help(prog, width=110))
+    return _Parser(f"{method}.py", "%(prog)s [flags]", title, formatter_class=lambda prog: _Help(prog, width=110))
 
 
 def parse(parser, presets: dict[str, dict], argv=None) -> argparse.Namespace:
@@ -169,18 +173,19 @@ def _resumed(parser, args, explicit):
     folder = Path(args.resume)
     try:
         saved = json.loads((folder / "args.json").read_text())
-    except (OSError, json.JSONDecodeError):
+        method, own = saved["method"], saved["args"]
+    except (OSError, ValueError, KeyError, TypeError):
         parser.error(f"--resume {folder} is not a run folder (no readable args.json); give the folder that holds checkpoints/")
-    if saved["method"] != parser.prog.removesuffix(".py"):
-        parser.error(f"--resume {folder} is a run of {saved['method']}.py, not of {parser.prog}; resume it with that script")
+    if method != parser.prog.removesuffix(".py"):
+        parser.error(f"--resume {folder} is a run of {method}.py, not of {parser.prog}; resume it with that script")
     if not (folder / "checkpoints" / "last" / "state.pt").exists():
         parser.error(f"--resume {folder} has no complete checkpoint yet; start it again without --resume")
     for key, value in explicit.items():
-        if key not in RESUMABLE and saved["args"].get(key) != value:
+        if key not in RESUMABLE and own.get(key) != value:
             flag = "--" + key.replace("_", "-")
-            parser.error(f"{flag} {value} differs from the resumed run's {saved['args'].get(key)}; leave {flag} out, or start a new run")
+            parser.error(f"{flag} {value} differs from the resumed run's {own.get(key)}; leave {flag} out, or start a new run")
     fresh = {k: v for k, v in explicit.items() if k in RESUMABLE and k != "preset"}
-    return argparse.Namespace(**(vars(args) | saved["args"] | fresh | {"resume": str(folder), "changed": {}}))
+    return argparse.Namespace(**(vars(args) | own | fresh | {"resume": str(folder), "changed": {}}))
 
 
 def check_args(args) -> None:
@@ -188,15 +193,26 @@ def check_args(args) -> None:
     for name in ("num_prompts", "group_size", "epochs", "updates_per_epoch", "inner_epochs", "micro_batch_size", "lora_rank", "decode_batch_size", "reward_batch_size", "max_sequence_length", "ema_every"):  # fmt: skip
         if getattr(args, name) < 1:
             raise UsageError(f"--{name.replace('_', '-')} {getattr(args, name)} is too small; use 1 or more")
+    for name in ("eval_images", "sample_every", "save_every", "eval_every", "max_bad_steps"):
+        if getattr(args, name) < 0:
+            raise UsageError(f"--{name.replace('_', '-')} {getattr(args, name)} is negative; use 0 or more")
+    for name in ("resolution", "eval_steps"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            raise UsageError(f"--{name.replace('_', '-')} {getattr(args, name)} is too small; use 1 or more")
+    for name in ("adam_beta1", "adam_beta2", "ema_decay"):
+        if not 0 <= getattr(args, name) < 1:
+            raise UsageError(f"--{name.replace('_', '-')} {getattr(args, name)} must lie in [0, 1)")
+    if args.eval_images == 1:
+        raise UsageError("--eval-images 1 gives no standard error; use 2 or more, or 0 for none")
+    if args.device not in ("auto", "cpu", "cuda") and not args.device.startswith("cuda:"):
+        raise UsageError(f"--device {args.device} is unknown; use auto, cpu, cuda or cuda:N")
     if args.steps < 2:
         raise UsageError(f"--steps {args.steps} is too few; a sampler needs at least 2 (papers: 50 for SD1.5, 10 for SD3.5)")
     for name in ("lr", "lora_alpha", "max_grad_norm"):
         if not getattr(args, name) > 0:
             raise UsageError(f"--{name.replace('_', '-')} {getattr(args, name)} must be above 0")
-    if not 0 <= args.ema_decay < 1:
-        raise UsageError(f"--ema-decay {args.ema_decay} must lie in [0, 1)")
     samples = args.num_prompts * args.group_size
-    world = int(os.environ.get("WORLD_SIZE", 1))
+    world = max(1, int(os.environ.get("WORLD_SIZE", 1)))
     if args.num_prompts % world:
         fits = [w for w in range(1, args.num_prompts + 1) if args.num_prompts % w == 0 and w <= world]
         raise UsageError(f"{world} processes do not divide --num-prompts {args.num_prompts}; use {fits[-1]} processes or --num-prompts {world * (args.num_prompts // world + 1)}")
@@ -213,7 +229,11 @@ def check_args(args) -> None:
         raise UsageError(f"--noise-level {args.noise_level} leaves no noise to learn from; use a value above 0")
     if args.kernel == "ode":
         raise UsageError("--kernel ode is deterministic and has no log-probability; use a stochastic kernel for training")
-    if args.kernel in ("ddim", "ancestral", "cps") and args.noise_level > 1:
+    if args.kernel == "ancestral" and args.noise_level != 1:
+        raise UsageError(f"--kernel ancestral has no noise level, --noise-level {args.noise_level} would do nothing; leave it out")
+    if args.kind == "eps" and max(args.steps, args.eval_steps or 0) > 500:
+        raise UsageError(f"--steps {max(args.steps, args.eval_steps or 0)} is too many for the 1000 training steps of {args.model}; use at most 500")
+    if args.kernel in ("ddim", "cps") and args.noise_level > 1:
         raise UsageError(f"--noise-level {args.noise_level} is above 1, where {args.kernel} has no real step; use at most 1")
     if args.train_fraction is None:
         args.train_fraction = 1.0 if args.kind == "eps" else 0.99
@@ -248,15 +268,21 @@ def find_model(name: str) -> tuple[str, str]:
             raise UsageError(f"--model {name} is neither a known name ({near}) nor a folder nor a hub id such as owner/name")
         from huggingface_hub import hf_hub_download, try_to_load_from_cache
 
-        cached = try_to_load_from_cache(name, "model_index.json")
+        try:
+            cached = try_to_load_from_cache(name, "model_index.json")
+        except ValueError as problem:
+            raise UsageError(f"--model {name} is no valid hub id: {problem}") from None
         if not isinstance(cached, str):
             require_hub(name, f"--model {name}")
             cached = hf_hub_download(name, "model_index.json")
         index = Path(cached)
-    kind = PIPELINES.get(json.loads(index.read_text())["_class_name"])
-    if kind is None:
-        raise UsageError(f"--model {name} is a {json.loads(index.read_text())['_class_name']}; supported are {', '.join(PIPELINES)}")
-    return name, kind
+    try:
+        pipeline = json.loads(index.read_text())["_class_name"]
+    except (ValueError, KeyError, TypeError):
+        raise UsageError(f"--model {name}: {index} does not name a pipeline; give a folder in diffusers format") from None
+    if pipeline not in PIPELINES:
+        raise UsageError(f"--model {name} is a {pipeline}; supported are {', '.join(PIPELINES)}")
+    return name, PIPELINES[pipeline]
 
 
 def require_hub(repo: str, what: str) -> None:
@@ -328,9 +354,9 @@ def run_main(main, parse_args, usage_error: type[Exception]) -> None:
         print(f"{Path(sys.argv[0]).name}: error: {problem}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        where = Path(getattr(args, "run_dir", ""))
-        saved = (where / "checkpoints" / "last").exists()
-        print(f"\nstopped{f'; continue with --resume {where}' if saved else ' before the first checkpoint'}", file=sys.stderr)
+        where = getattr(args, "run_dir", None)
+        saved = where and (Path(where) / "checkpoints" / "last").exists()
+        print("\nstopped" + (f"; continue with --resume {where}" if saved else ""), file=sys.stderr)
         sys.exit(130)
     finally:
         if torch.distributed.is_initialized():
@@ -621,18 +647,21 @@ def load_prompts(paths: str) -> list[Prompt]:
     for name in paths.split(","):
         path = Path(name) if Path(name).exists() else HERE / name
         if not path.is_file():
-            raise UsageError(f"--prompts {name} does not exist; give a .txt file with one prompt a line or a .jsonl file (see prompts/README.md)")
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-            if not line.strip():
-                continue
-            if path.suffix == ".jsonl":
+            raise UsageError(f"--prompts '{name}' does not exist; give a .txt file with one prompt a line or a .jsonl file (see prompts/README.md)")
+        try:
+            lines = path.read_text(encoding="utf-8-sig").split("\n")  # splitlines() would cut at other separators too
+        except UnicodeDecodeError:
+            raise UsageError(f"--prompts {name} is not UTF-8 text; save it as UTF-8") from None
+        for number, line in enumerate(lines, 1):
+            text, metadata = line.strip(), {}
+            if text and path.suffix == ".jsonl":
                 try:
-                    entry = json.loads(line)
-                    rows.append((entry["prompt"], entry))
-                except (json.JSONDecodeError, KeyError, TypeError):
-                    raise UsageError(f"--prompts {name}, line {number}: not a JSON object with a 'prompt' field") from None
-            else:
-                rows.append((line.strip(), {}))
+                    metadata = json.loads(line)
+                    text = metadata["prompt"].strip()
+                except (ValueError, KeyError, TypeError, AttributeError):
+                    raise UsageError(f"--prompts {name}, line {number}: not a JSON object with a 'prompt' text") from None
+            if text:
+                rows.append((text, metadata))
     if not rows:
         raise UsageError(f"--prompts {paths} is empty; it needs at least one prompt")
     return [Prompt(i, text, metadata) for i, (text, metadata) in enumerate(rows)]
@@ -651,7 +680,7 @@ def prompt_batch(prompts: list[Prompt], epoch: int, seed: int, n: int) -> list[P
 
 
 def generator(*key) -> torch.Generator:
-    """A CPU random generator that depends on `key` alone."""
+    """A CPU random generator that depends on `key` alone (its seed keeps 32 bits of the key's hash)."""
     digest = hashlib.blake2b("/".join(map(str, key)).encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
 
@@ -757,10 +786,12 @@ def make_grid(scheduler, kind: str, steps: int, kernel: str, level: float) -> Gr
 
 
 def policy_steps(grid: Grid, train_steps: int) -> list[int]:
-    """The step indices that are trained: the leading `train_steps` of those that have a density."""
+    """The step indices that are trained: the leading `train_steps`, without those that have no density."""
     steps = [i for i in range(train_steps) if grid.sigma[i] >= MIN_SIGMA]
     if not steps:
         raise UsageError(f"none of the first {train_steps} steps of kernel {grid.kernel} is stochastic; raise --noise-level")
+    if len(steps) < train_steps:
+        print(f"note: {train_steps - len(steps)} of the {train_steps} steps has no noise (sigma < {MIN_SIGMA}) and is not trained")
     return steps
 
 
@@ -840,7 +871,7 @@ def shuffled_rows(args, run: Run, steps: list[int], epoch: int, inner: int) -> l
     local = samples // run.world
     order = torch.randperm(samples * len(steps), generator=generator("shuffle", args.seed, epoch, inner))
     rows = torch.stack([order // len(steps), torch.tensor(steps)[order % len(steps)]], 1)
-    parts = rows.chunk(args.updates_per_epoch)
+    parts = rows.tensor_split(args.updates_per_epoch)
     first = run.rank * local
     return [p[(p[:, 0] >= first) & (p[:, 0] < first + local)] - torch.tensor([first, 0]) for p in parts]
 

@@ -27,7 +27,7 @@ import rewards
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 TINY = dict(prompts="prompts/shapes_heldout.txt", rewards="shapes,shapes-strict", images_per_prompt=4, cfg=1.0,
-            steps=10, max_sequence_length=16, batch_size=64, decode_batch_size=64, reward_batch_size=256)  # fmt: skip
+            steps=10, max_sequence_length=10, batch_size=64, decode_batch_size=64, reward_batch_size=256)  # fmt: skip
 PRESETS = {
     # Table 1 of VMPO without its DreamSim diversity: SD1.5, 100 prompts x 10 images, CFG 5
     "vmpo-table1": dict(model="sd15", prompts="prompts/benchmark_ir.txt", rewards="hpsv2,imagereward,clipscore"),

@@ -38,7 +38,7 @@ import common
 import rewards
 
 TINY = dict(prompts="prompts/shapes_train.txt", eval_prompts="prompts/shapes_heldout.txt", reward="shapes", cfg=1.0,
-            max_sequence_length=16, eval_images=256, lora_rank=16, lora_alpha=16, lora_targets="attention+mlp",
+            max_sequence_length=10, eval_images=256, lora_rank=16, lora_alpha=16, lora_targets="attention+mlp",
             micro_batch_size=64, decode_batch_size=64, reward_batch_size=256)  # fmt: skip
 SD35 = dict(model="sd3.5-medium", reward="ocr", beta=0.1, steps=10, eval_steps=40, cfg=4.5, noise_level=0.7,
             lora_rank=32, lora_alpha=64, prompts="prompts/ocr_train.txt", eval_prompts="prompts/ocr_test.txt",
@@ -342,7 +342,7 @@ def main(args):
         extremes = {"ratio/max": 0.0, "ratio/start_deviation": None}
         norms, phi_norms = [], []
         column = {i: s for s, i in enumerate(steps)}
-        rows_per_update = args.num_prompts * args.group_size * len(steps) // args.updates_per_epoch
+        rows_per_update = args.num_prompts * args.group_size * len(steps) / args.updates_per_epoch
         for inner in range(args.inner_epochs):
             parts_of_epoch = common.shuffled_rows(args, run, steps, epoch, inner)
             bar = tqdm(total=sum(map(len, parts_of_epoch)), desc="update", leave=False, disable=not run.is_main or None)

@@ -153,7 +153,7 @@ def test_fork_runs_in_another_folder(tmp_path):
     )
     (tmp_path / "my.txt").write_text("a red circle\nsomething else\n")
     flags = "--reward my_module:my_reward --prompts my.txt --cfg 1 --steps 3 --num-prompts 2 --epochs 1".split()
-    flags += "--max-sequence-length 16 --eval-images 4 --micro-batch-size 4".split()
+    flags += "--max-sequence-length 10 --eval-images 4 --micro-batch-size 4".split()
     done = call(*flags, "--model", ROOT / "tiny" / "sd35", script=tmp_path / "vmpo.py", cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
     assert list((tmp_path / "runs").glob("vmpo_*/before_after.png"))

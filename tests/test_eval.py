@@ -129,7 +129,7 @@ def test_against_the_pipeline(world, prompts, tmp_path, preset, lora):
     found = main(*argv, "--lora", root / lora, "--out", tmp_path, "--num-prompts", 2, "--grid-prompts", 2)
     args = evaluation.parse_args([*map(str, argv), "--steps", "3", "--out", str(tmp_path / "other")])
     if preset == "tiny":
-        pipe, extra = diffusers.StableDiffusion3Pipeline.from_pretrained(args.model_path), {"max_sequence_length": 16}
+        pipe, extra = diffusers.StableDiffusion3Pipeline.from_pretrained(args.model_path), {"max_sequence_length": 10}
     else:
         pipe, extra = diffusers.StableDiffusionPipeline.from_pretrained(args.model_path, safety_checker=None), {}
         pipe.scheduler = diffusers.DDIMScheduler.from_config(pipe.scheduler.config)

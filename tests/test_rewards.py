@@ -891,7 +891,7 @@ def test_unsuited_prompts_are_named_by_line(monkeypatch):
     found = message("ocr", prompts=['a sign "a"', "a sign", 'a sign "b"'])
     assert "line 2" in found and "'a sign'" in found and "double quotes" in found
     found = message("shapes-strict", prompts=["a red circle", "a red circle", "a dog"])
-    assert "line 3" in found and "'a dog'" in found and "three purple circles" in found
+    assert "line 3" in found and "'a dog'" in found and "three yellow circles" in found
     check("shapes", prompts=PROMPTS)
 
 

@@ -20,7 +20,7 @@ def test_train_and_heldout_captions_are_disjoint_and_cover_all_kinds():
     train, held = shapes.captions("train"), shapes.captions("heldout")
     assert set(train) == set(held) == set(shapes.KINDS)
     every = [c for split in (train, held) for kind in shapes.KINDS for c in split[kind]]
-    assert len(every) == len(set(every)) == 3 + 18 + 6 + 54 + 180 * 4 + 180
+    assert len(every) == len(set(every)) == 3 + 12 + 6 + 36 + 72 * 4 + 72
     assert all(shapes.parse(c).kind == kind for split in (train, held) for kind in shapes.KINDS for c in split[kind])
 
 
@@ -109,7 +109,7 @@ def plain_pipeline(name):
     return pipe
 
 
-@pytest.mark.parametrize("name, extra", [("sd35", {}), ("sd35", {"max_sequence_length": 16}), ("sd15", {})])
+@pytest.mark.parametrize("name, extra", [("sd35", {}), ("sd35", {"max_sequence_length": 10}), ("sd15", {})])
 def test_plain_diffusers_call_draws_the_captions(name, extra):
     accuracy, kinds = pretrain.heldout_accuracy(plain_pipeline(name), 120, **extra)
     assert 0.25 < accuracy < 0.75, kinds  # 120 images: +-.05 around the 0.35-0.65 that 600 images are held to
@@ -140,8 +140,8 @@ def test_clip_prefers_the_right_caption():
 
 def test_tokenizers_keep_words_whole_and_spell_the_rest():
     tokenizer = pretrain.make_tokenizer()
-    ids = tokenizer("three purple circles").input_ids
-    assert len(ids) == 5 and tokenizer.decode(ids, skip_special_tokens=True).strip() == "three purple circles"
+    ids = tokenizer("three yellow circles").input_ids
+    assert len(ids) == 5 and tokenizer.decode(ids, skip_special_tokens=True).strip() == "three yellow circles"
     assert tokenizer.unk_token_id not in tokenizer("an armadillo").input_ids[1:-1]
     t5 = pretrain.make_t5_tokenizer()
     assert t5.decode(t5("a red square").input_ids, skip_special_tokens=True) == "a red square"

@@ -220,7 +220,7 @@ def test_exported_lora_draws_the_trainers_images_in_plain_diffusers(tmp_path, mo
         pipe.scheduler = diffusers.DDIMScheduler.from_config(pipe.scheduler.config)
     pipe.set_progress_bar_config(disable=True)
     noise = common.sample_noise(0, "held-out", range(4), 4, policy.latent_shape, "cpu")[:, 0]
-    extra = {} if model == "tiny-sd15" else {"max_sequence_length": 16}
+    extra = {} if model == "tiny-sd15" else {"max_sequence_length": 10}
 
     def plain():
         call = dict(

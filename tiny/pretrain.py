@@ -47,7 +47,7 @@ from transformers import (
 from tiny import shapes
 
 STAGES = ("vae", "sd35", "sd15", "clip")
-TOKENS = 16  # longest caption: 9 words + 2
+TOKENS = 10  # longest caption: 8 words + 2
 DATASET = 40_000
 EVAL_IMAGES = 600
 SAMPLER_STEPS = 10  # the presets' number of sampler steps
@@ -66,7 +66,7 @@ def parse_args(argv=None):
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--target", type=float, default=0.5, help="held-out strict accuracy at which sd35, sd15 stop")
-    parser.add_argument("--vae-steps", type=int, default=2500)
+    parser.add_argument("--vae-steps", type=int, default=1500)
     parser.add_argument("--clip-steps", type=int, default=1500)
     parser.add_argument("--steps", type=int, default=8000, help="the most steps sd35 and sd15 are trained for")
     parser.add_argument("--check-every", type=int, default=250, help="steps between two accuracy checks")
@@ -136,11 +136,39 @@ def corrupt(caption: str, rng: np.random.Generator) -> str:
     return " ".join(words)
 
 
+class MuonAndAdamW:
+    """Muon for the weight matrices, AdamW for the rest, behind the few methods that fit() uses."""
+
+    def __init__(self, params, lr, muon: bool):
+        matrices = [p for p in params if muon and p.ndim == 2 and min(p.shape) >= 16 and max(p.shape) < 2000]
+        chosen = {id(p) for p in matrices}
+        rest = [p for p in params if id(p) not in chosen]
+        self.parts = [torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.99), weight_decay=1e-4)]
+        if matrices:
+            self.parts.append(torch.optim.Muon(matrices, lr, weight_decay=1e-4, adjust_lr_fn="match_rms_adamw"))
+        self.param_groups = [group for part in self.parts for group in part.param_groups]
+
+    def step(self):
+        for part in self.parts:
+            part.step()
+
+    def zero_grad(self):
+        for part in self.parts:
+            part.zero_grad()
+
+    def state_dict(self):
+        return [part.state_dict() for part in self.parts]
+
+    def load_state_dict(self, states):
+        for part, state in zip(self.parts, states, strict=True):
+            part.load_state_dict(state)
+
+
 # ---- one training loop for all stages -------------------------------------------------------------------------------
-def fit(name, args, log, net, steps, lr, loss_fn, check=None):
-    """AdamW with warm-up (and cosine decay where nothing stops it early); returns the net of averaged weights."""
+def fit(name, args, log, net, steps, lr, loss_fn, check=None, muon=False):
+    """Training with warm-up (and cosine decay where nothing stops it early); returns the net of averaged weights."""
     average = copy.deepcopy(net).requires_grad_(False)
-    optimizer = torch.optim.AdamW(net.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=1e-4)
+    optimizer = MuonAndAdamW(list(net.parameters()), lr, muon)
     state_file = args.out / ".pretrain" / f"{name}.pt"
     step, seconds, checks, done = 0, 0.0, [], False
     if state_file.exists():
@@ -354,7 +382,7 @@ def train_sd35(args, log, prompts, images):
 
     def loss_fn(rng, generator, step):
         # every form of the T5 part: TOKENS long (ours) or 256 (a plain diffusers call), or zeros where it is absent
-        long, absent = step % 10 == 9, rng.random() < 0.5
+        long, absent = step % 20 == 19, rng.random() < 0.5
         n, length = (args.batch_size // 4, 256) if long else (args.batch_size, TOKENS)
         rows = torch.from_numpy(rng.integers(len(images), size=n))
         drop = torch.from_numpy(rng.random(n) < 0.1).to(args.device)
@@ -383,7 +411,7 @@ def train_sd35(args, log, prompts, images):
     def check(net, n=300):
         return heldout_accuracy(pipeline(net), n, max_sequence_length=TOKENS)[0]
 
-    net = fit("sd35", args, log, net, args.steps, 2e-3, loss_fn, check).eval()
+    net = fit("sd35", args, log, net, args.steps, 2e-3, loss_fn, check, muon=True).eval()
     pipe = pipeline(net)
     pipe.save_pretrained(args.out / "sd35")
     accuracy, kinds = heldout_accuracy(pipe, EVAL_IMAGES, max_sequence_length=TOKENS)

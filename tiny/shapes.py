@@ -4,7 +4,7 @@ A caption says which shapes an image shows; the checker finds the shapes in the 
 The six caption types are GenEval's task types (2310.11513, section 3.2), at 32x32 pixels on black:
 
     single    a circle                                        colour    a red circle
-    two       a circle and a square                           counting  three purple circles          (two to four)
+    two       a circle and a square                           counting  three yellow circles          (two to four)
     position  a green triangle left of a red square           binding   a red circle and a blue square
 
     python -m tiny.shapes        # writes a sheet of rendered examples and the checker's accuracy on them
@@ -26,8 +26,6 @@ COLOURS = {
     "green": (0.15, 0.85, 0.20),
     "blue": (0.20, 0.35, 1.00),
     "yellow": (1.00, 0.90, 0.15),
-    "purple": (0.75, 0.20, 0.95),
-    "white": (1.00, 1.00, 1.00),
 }
 SHAPES = ("circle", "square", "triangle")
 NUMBERS = {"two": 2, "three": 3, "four": 4}
@@ -72,7 +70,7 @@ def parse(caption: str) -> Scene:
         scene = None
     if scene is None or any(c not in (None, *COLOURS) or s not in SHAPES for _, c, s in scene.objects):
         raise ValueError(
-            f"caption {caption!r} is outside the shapes grammar: use e.g. 'a red circle', 'three purple circles', "
+            f"caption {caption!r} is outside the shapes grammar: use e.g. 'a red circle', 'three yellow circles', "
             f"'a red circle and a blue square' or 'a green triangle left of a red square', with colours "
             f"{', '.join(COLOURS)} and shapes {', '.join(SHAPES)}"
         )
