@@ -63,6 +63,7 @@ def add_args(parser: argparse.ArgumentParser) -> None:
     g = parser.add_argument_group("reward")
     g.add_argument("--reward", default="hpsv2", help="r: name, weighted sum 'a=1,b=0.5', or 'module:function' of your own (paper: hpsv2, imagereward, ocr)")
     g.add_argument("--reward-path", nargs="*", default=[], metavar="[NAME=]PATH", help="local weights of the reward models, instead of the hub's")
+    g.add_argument("--eval-rewards", default="", help="more rewards to report in evaluations, not trained on: names, comma-separated (paper: CLIPScore, ImageReward, DreamSim beside HPSv2, Table 1)")
     g.add_argument("--reward-batch-size", type=int, default=16, help="images per reward call; changes memory and speed only")
     g.add_argument("--prompts", default="prompts/hpdv2_photo.txt,prompts/hpdv2_paintings.txt", help="training prompts c: file(s), comma-separated; .txt has one prompt a line, .jsonl one object with 'prompt' a line (paper: HPDv2 photo and painting, App. D)")
     g.add_argument("--eval-prompts", default="", help="held-out prompts of the evaluation; default: the training prompts")
@@ -942,11 +943,17 @@ def draw(policy, args, run, count: int) -> tuple[torch.Tensor, list[Prompt]]:
     return (gather(images, run) if shared else images).cpu(), prompts
 
 
-def evaluate(policy, args, run, reward) -> dict[str, float]:
-    """Held-out rewards over --eval-images images: the mean, its standard error, and the mean of every term."""
+def evaluate(policy, args, run, reward, metrics, epoch: int) -> dict[str, float]:
+    """Held-out reward (mean, standard error), its terms and the --eval-rewards; each image's scores go to eval/."""
     images, prompts = draw(policy, args, run, args.eval_images)
     texts, extra = [p.text for p in prompts], [p.metadata for p in prompts]
     total, parts = reward(images.to(run.device), texts, extra, chunk=args.reward_batch_size)
+    if metrics is not None:
+        parts |= metrics(images.to(run.device), texts, extra, chunk=args.reward_batch_size)[1]
+    if run.is_main:
+        scores = {name: value.tolist() for name, value in {"reward": total, **parts}.items()}
+        (run.dir / "eval").mkdir(exist_ok=True)
+        write_json(run.dir / "eval" / f"epoch_{epoch:04d}.json", {"prompts": texts, **scores})
     result = {"eval/reward": total.mean().item(), "eval/reward_se": total.std().item() / len(total) ** 0.5}
     return result | {f"eval/{name}": value.mean().item() for name, value in parts.items()}
 
@@ -1110,16 +1117,19 @@ def finish(run: Run, args, policy: Policy, logger: Logger) -> None:
     pairs = torch.stack([first, last], 1).flatten(0, 1)
     image_grid(pairs, [p.text for p in prompts], run.dir / "before_after.png", columns=4, pairs=True)
     plot_curve(logger, run.dir / "curve.png", run.dir.name)
-    rows = [r for r in logger.rows() if "eval/reward" in r]
-    before, after = ({k: v for k, v in r.items() if k.startswith("eval/")} for r in (rows[0], rows[-1])) if rows else ({}, {})
-    summary = {"before": before, "after": after, "images": args.eval_images, "epochs": args.epochs, "seed": args.seed,
-               "seconds": round(sum(r.get(f"time/{k}", 0.0) for r in logger.rows() for k in ("rollout", "reward", "update")), 1),
-               "command": (run.dir / "command.txt").read_text().strip()}  # fmt: skip
+    seconds = sum(r.get(f"time/{k}", 0.0) for r in logger.rows() for k in ("rollout", "reward", "update"))
+    summary = {"seed": args.seed, "epochs": args.epochs, "seconds": round(seconds, 1), "images": args.eval_images,
+               "command": (run.dir / "command.txt").read_text().strip(), "before": {}, "after": {}, "gain": {}, "gain_se": {}}  # fmt: skip
+    print(f"{args.epochs} epochs, {seconds:.0f} s of training; {args.eval_images} held-out images, same noise before and after:")
+    if args.eval_images:
+        before, after = (json.loads((run.dir / "eval" / f"epoch_{e:04d}.json").read_text()) for e in (0, args.epochs))
+        for key in (k for k in before if k != "prompts"):
+            old, new = (torch.tensor(scores[key], dtype=torch.float64) for scores in (before, after))
+            summary["before"][key], summary["after"][key] = old.mean().item(), new.mean().item()
+            summary["gain"][key] = (new - old).mean().item()
+            summary["gain_se"][key] = (new - old).std().item() / len(old) ** 0.5  # paired, over images
+            print(f"  {key:20s} {old.mean():8.4f} -> {new.mean():8.4f}   gain {summary['gain'][key]:+.4f} +- {summary['gain_se'][key]:.4f}")
     write_json(run.dir / "summary.json", summary)
-    print(f"held-out, {args.eval_images} images, same noise before and after {args.epochs} epochs ({summary['seconds']:.0f} s of training):")
-    for key in before:
-        if not key.endswith("_se"):
-            print(f"  {key:24s} {before[key]:8.4f} -> {after[key]:8.4f}")
     print(f"curve     {run.dir / 'curve.png'}")
     print(f"pictures  {run.dir / 'before_after.png'}")
     print(f"LoRA      pipe.load_lora_weights('{run.dir / 'checkpoints' / 'last'}')")

@@ -37,7 +37,7 @@ from tqdm import tqdm
 import common
 import rewards
 
-TINY = dict(prompts="prompts/shapes_train.txt", eval_prompts="prompts/shapes_heldout.txt", reward="shapes", cfg=1.0,
+TINY = dict(prompts="prompts/shapes_train.txt", eval_prompts="prompts/shapes_heldout.txt", reward="shapes", eval_rewards="shapes-strict", cfg=1.0,
             max_sequence_length=10, eval_images=256, lora_rank=16, lora_alpha=16, lora_targets="attention+mlp",
             micro_batch_size=64, decode_batch_size=64, reward_batch_size=256)  # fmt: skip
 SD35 = dict(model="sd3.5-medium", reward="ocr", beta=0.1, steps=10, eval_steps=40, cfg=4.5, noise_level=0.7,
@@ -86,8 +86,10 @@ def parse_args(argv=None):
             print_sizes(args)
             raise SystemExit(0)
         paths = rewards.parse_paths(args.reward_path)
-        for prompts in (args.prompt_list, args.eval_prompt_list):
-            rewards.check(args.reward, paths, [p.text for p in prompts])
+        rewards.check(args.reward, paths, [p.text for p in args.prompt_list])
+        for spec in (args.reward, args.eval_rewards):
+            if spec and args.eval_images:
+                rewards.check(spec, paths, [p.text for p in args.eval_prompt_list])
         common.check_model(args)
     except (common.UsageError, rewards.UsageError) as problem:
         parser.error(str(problem))
@@ -229,7 +231,9 @@ def main(args):
     params = common.add_lora(policy, args)
     adam = dict(betas=(args.adam_beta1, args.adam_beta2), eps=args.adam_eps, weight_decay=args.weight_decay)
     optimizer = torch.optim.AdamW(params, lr=args.lr, **adam)
-    reward = rewards.load(args.reward, run.device, torch.float32, rewards.parse_paths(args.reward_path))
+    paths = rewards.parse_paths(args.reward_path)
+    reward = rewards.load(args.reward, run.device, torch.float32, paths)
+    metrics_too = rewards.load(args.eval_rewards, run.device, torch.float32, paths) if args.eval_rewards else None
     if args.objective in GRADIENT and not reward.differentiable:
         raise common.UsageError(f"--objective {args.objective} needs a differentiable reward and {args.reward} is not one")
     grid = common.make_grid(policy.pipe.scheduler, policy.kind, args.steps, args.kernel, args.noise_level)
@@ -252,7 +256,8 @@ def main(args):
     tolerance = args.ratio_tolerance or (1e-4 if run.dtype == torch.float32 else 1e-2)
 
     terms = [f"reward/{t.name}" for t in reward.terms]
-    held = ["eval/reward", "eval/reward_se", *(f"eval/{t.name}" for t in reward.terms)]
+    scored = [t.name for r in (reward, metrics_too) if r for t in r.terms]
+    held = ["eval/reward", "eval/reward_se", *(f"eval/{name}" for name in scored)]
     update_keys = ["loss/total", "loss/theta", "loss/mean", "loss/kl", "log_w/mean", "log_w/std", "log_r/mean", "log_r/std", "potential/mean", "potential/std", "kl/ref", "ratio/mean", "ratio/clip_frac"]  # fmt: skip
     logger = common.Logger(run, args, ["reward/mean", "reward/std", *terms, *update_keys, "ratio/max", "ratio/start_deviation", "grad/norm", "grad/norm_phi", "grad/bad_steps", "calls/network", "time/rollout", "time/reward", "time/update", "mem/peak_gb", *held])  # fmt: skip
     bad_steps = optimizer_steps = 0
@@ -278,7 +283,7 @@ def main(args):
         common.save(run, args, policy, epoch, state, ema)
 
     if run.start_epoch == 0 and args.eval_images:
-        logger.log(0, common.evaluate(policy, args, run, reward))
+        logger.log(0, common.evaluate(policy, args, run, reward, metrics_too, 0))
 
     progress = tqdm(range(run.start_epoch, args.epochs), desc="vmpo", disable=not run.is_main, initial=run.start_epoch, total=args.epochs)  # fmt: skip
     for epoch in progress:
@@ -444,7 +449,7 @@ def main(args):
         last = epoch + 1 == args.epochs
         with ema.applied() if ema else nullcontext():
             if args.eval_images and (last or args.eval_every and (epoch + 1) % args.eval_every == 0):
-                metrics |= common.evaluate(policy, args, run, reward)
+                metrics |= common.evaluate(policy, args, run, reward, metrics_too, epoch + 1)
             if args.sample_every and (epoch + 1) % args.sample_every == 0:
                 common.sample_grid(policy, args, run, epoch + 1)
         logger.log(epoch + 1, metrics)
