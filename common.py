@@ -205,6 +205,8 @@ def check_args(args) -> None:
             raise UsageError(f"--{name.replace('_', '-')} {getattr(args, name)} must lie in [0, 1)")
     if args.eval_images == 1:
         raise UsageError("--eval-images 1 gives no standard error; use 2 or more, or 0 for none")
+    if args.device.startswith("cuda:") and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise UsageError(f"--device {args.device} would put all processes on one GPU; leave it out")
     if args.device not in ("auto", "cpu", "cuda") and not args.device.startswith("cuda:"):
         raise UsageError(f"--device {args.device} is unknown; use auto, cpu, cuda or cuda:N")
     if args.steps < 2:
@@ -305,15 +307,16 @@ def require_hub(repo: str, what: str) -> None:
 
 def check_model(args) -> None:
     """The model's weights can be had, and the LoRA targets exist in it.  UsageError before any weight is read."""
-    if not Path(args.model_path).is_dir():
-        if args.model.startswith("tiny-"):
-            raise UsageError(f"--model {args.model}: {args.model_path} is missing; make it with python -m tiny.pretrain --all, or pass the folder's path")
+    local = (Path(args.model_path) / "model_index.json").exists()
+    if not local and args.model.startswith("tiny-"):
+        raise UsageError(f"--model {args.model}: {args.model_path} is missing; make it with python -m tiny.pretrain --all, or pass the folder's path")
+    if not local:
         from huggingface_hub import try_to_load_from_cache
 
         if not isinstance(try_to_load_from_cache(args.model_path, "model_index.json"), str):
             require_hub(args.model_path, f"--model {args.model}")
-    if args.lora_targets in ("attention", "attention+mlp") or not Path(args.model_path).is_dir():
-        return
+    if args.lora_targets in ("attention", "attention+mlp") or not local:
+        return  # for weights that are still on the hub, add_lora finds a wrong target
     from diffusers import SD3Transformer2DModel, UNet2DConditionModel
 
     cls, folder = (UNet2DConditionModel, "unet") if args.kind == "eps" else (SD3Transformer2DModel, "transformer")
@@ -397,23 +400,21 @@ def setup(args, method: str) -> Run:
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local = int(os.environ.get("LOCAL_RANK", 0))
     name = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(f"cuda:{local}" if name == "cuda" and world > 1 else name)
+    device = torch.device(f"cuda:{local}" if name == "cuda" else name)
     if world > 1 and not torch.distributed.is_initialized():
         torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     dtype, reason = pick_dtype(args.dtype, device)
-    if args.resume:
-        folder = Path(args.resume)
-    else:
-        stamp = [time.strftime("%Y%m%d-%H%M%S")]
-        if world > 1:
-            torch.distributed.broadcast_object_list(stamp)
-        reward = "".join(c if c.isalnum() else "-" for c in args.reward)
-        folder = Path(args.runs) / (args.name or f"{method}_{reward}_s{args.seed}_{stamp[0]}")
-        if (folder / "args.json").exists():
-            raise UsageError(f"{folder} holds a run already; continue it with --resume {folder}, or choose another --name")
+    reward = "".join(c if c.isalnum() else "-" for c in args.reward)
+    folder = Path(args.runs) / (args.name or f"{method}_{reward}_s{args.seed}_{time.strftime('%Y%m%d-%H%M%S')}")
+    news = [str(folder), (folder / "args.json").exists()]
+    if world > 1:
+        torch.distributed.broadcast_object_list(news)  # one name and one verdict for all processes
+    if news[1] and not args.resume:
+        raise UsageError(f"{news[0]} holds a run already; continue it with --resume {news[0]}, or choose another --name")
+    folder = Path(args.resume or news[0])
     args.run_dir = str(folder)
     run = Run(folder, device, dtype, rank, world)
     if run.is_main and not args.resume:
@@ -486,12 +487,19 @@ def gather(x: torch.Tensor, run: Run) -> torch.Tensor:
     return torch.cat(parts)
 
 
-def all_sum(values: dict[str, float], run: Run) -> dict[str, float]:
+def all_reduce(values: dict[str, float], run: Run, how: str = "SUM") -> dict[str, float]:
+    """Each value's sum (or how="MAX") over the processes."""
     if run.world == 1:
         return values
     flat = torch.tensor(list(values.values()), dtype=torch.float64, device=run.device)
-    torch.distributed.all_reduce(flat)
+    torch.distributed.all_reduce(flat, getattr(torch.distributed.ReduceOp, how))
     return dict(zip(values, flat.tolist()))
+
+
+def broadcast(params: list[torch.Tensor], run: Run) -> None:
+    """Rank 0's weights for all: the processes stay equal because they start equal and apply equal gradients."""
+    for p in params if run.world > 1 else ():
+        torch.distributed.broadcast(p.data, 0)
 
 
 # ---- model ----------------------------------------------------------------------------------------------------------
@@ -525,9 +533,10 @@ class Policy:
         transformers.utils.logging.disable_progress_bar()
         self.kind, self.device, self.dtype = args.kind, run.device, run.dtype
         self.max_sequence_length, self.offload = args.max_sequence_length, args.offload_text_encoders
+        dtypes = {"default": self.dtype, "vae": torch.float32}
         if self.kind == "eps":
             off = dict(safety_checker=None, feature_extractor=None, requires_safety_checker=False)
-            self.pipe = diffusers.StableDiffusionPipeline.from_pretrained(args.model_path, dtype=self.dtype, **off)
+            self.pipe = diffusers.StableDiffusionPipeline.from_pretrained(args.model_path, dtype=dtypes, **off)
             self.net = self.pipe.unet
             # rollouts use DDIM with the model's own noise schedule, whatever its default sampler is (as DDPO does)
             self.pipe.scheduler = diffusers.DDIMScheduler.from_config(self.pipe.scheduler.config)
@@ -536,7 +545,7 @@ class Policy:
             self.encoders = [self.pipe.text_encoder]
         else:
             off = {} if args.t5 else dict(text_encoder_3=None, tokenizer_3=None)
-            self.pipe = diffusers.StableDiffusion3Pipeline.from_pretrained(args.model_path, dtype=self.dtype, **off)
+            self.pipe = diffusers.StableDiffusion3Pipeline.from_pretrained(args.model_path, dtype=dtypes, **off)
             self.net = self.pipe.transformer
             encoders = (self.pipe.text_encoder, self.pipe.text_encoder_2, self.pipe.text_encoder_3)
             self.encoders = [e for e in encoders if e is not None]
@@ -921,47 +930,50 @@ def optimizer_step(optimizer, params, max_norm: float, run: Run, scaler=None) ->
 
 # ---- evaluation during training -------------------------------------------------------------------------------------
 @torch.no_grad()
-def draw(policy, args, run, count: int) -> tuple[torch.Tensor, list[Prompt]]:
-    """`count` images (N, 3, H, W) on the CPU of the held-out prompts, repeated in order as needed.
+def draw(policy, args, run, indices) -> tuple[torch.Tensor, list[Prompt]]:
+    """Images (N, 3, H, W) on the CPU of the held-out prompts (repeated in order as needed) with these indices.
 
-    The noise depends on the image's index alone: the same in every run and epoch.  The processes share the work.
+    The noise depends on the image's index alone: the same in every run and epoch.
     """
-    prompts = [args.eval_prompt_list[n % len(args.eval_prompt_list)] for n in range(count)]
-    shared = count % run.world == 0
-    mine = range(run.rank * count // run.world, (run.rank + 1) * count // run.world) if shared else range(count)
+    prompts = [args.eval_prompt_list[n % len(args.eval_prompt_list)] for n in indices]
     kernel, level = (args.kernel, args.noise_level) if args.eval_kernel == "same" else ("ode", 0.0)
     grid = make_grid(policy.pipe.scheduler, policy.kind, args.eval_steps, kernel, level)
+    cond = policy.encode([p.text for p in prompts])
     images = []
-    for start in range(0, len(mine), args.micro_batch_size):
-        rows = mine[start : start + args.micro_batch_size]
-        batch = [prompts[n] for n in rows]
-        noise = sample_noise(0, "held-out", rows, grid.steps, policy.latent_shape, run.device)
-        cond = policy.encode([p.text for p in batch])
-        path = rollout(policy, grid, cond, batch, noise, args.cfg, len(batch), reference=False, desc="")
-        images.append(policy.decode(path.x[:, -1]))
-    images = torch.cat(images)
-    return (gather(images, run) if shared else images).cpu(), prompts
+    for start in range(0, len(indices), args.micro_batch_size):
+        rows = slice(start, start + args.micro_batch_size)
+        noise = sample_noise(0, "held-out", indices[rows], grid.steps, policy.latent_shape, run.device)
+        path = rollout(policy, grid, cond[rows], prompts[rows], noise, args.cfg, len(noise), reference=False, desc="")
+        images.append(policy.decode(path.x[:, -1]).cpu())
+    return torch.cat(images), prompts
 
 
 def evaluate(policy, args, run, reward, metrics, epoch: int) -> dict[str, float]:
-    """Held-out reward (mean, standard error), its terms and the --eval-rewards; each image's scores go to eval/."""
-    images, prompts = draw(policy, args, run, args.eval_images)
+    """Held-out reward (mean, standard error), its terms and the --eval-rewards; each image's scores go to eval/.
+
+    The processes draw and score equal shares (the last ones repeated where the number does not divide).
+    """
+    share = -(-args.eval_images // run.world)
+    images, prompts = draw(policy, args, run, range(run.rank * share, (run.rank + 1) * share))
     texts, extra = [p.text for p in prompts], [p.metadata for p in prompts]
-    total, parts = reward(images.to(run.device), texts, extra, chunk=args.reward_batch_size)
-    if metrics is not None:
-        parts |= metrics(images.to(run.device), texts, extra, chunk=args.reward_batch_size)[1]
+    scores = {}
+    for scorer in (reward, metrics):
+        if scorer is not None:
+            total, parts = scorer(images.to(run.device), texts, extra, chunk=args.reward_batch_size)
+            scores = {"reward": total} | scores | parts
+    scores = {name: gather(value.to(run.device), run)[: args.eval_images] for name, value in scores.items()}
     if run.is_main:
-        scores = {name: value.tolist() for name, value in {"reward": total, **parts}.items()}
+        texts = [args.eval_prompt_list[n % len(args.eval_prompt_list)].text for n in range(args.eval_images)]
         (run.dir / "eval").mkdir(exist_ok=True)
-        write_json(run.dir / "eval" / f"epoch_{epoch:04d}.json", {"prompts": texts, **scores})
-    result = {"eval/reward": total.mean().item(), "eval/reward_se": total.std().item() / len(total) ** 0.5}
-    return result | {f"eval/{name}": value.mean().item() for name, value in parts.items()}
+        write_json(run.dir / "eval" / f"epoch_{epoch:04d}.json", {"prompts": texts} | {k: v.tolist() for k, v in scores.items()})
+    result = {f"eval/{name}": value.mean().item() for name, value in scores.items()}
+    return result | {"eval/reward_se": scores["reward"].std().item() / args.eval_images**0.5}
 
 
 def sample_grid(policy, args, run, epoch: int) -> None:
     """samples/epoch_NNNN.png: the first held-out prompts with the same noise every time."""
-    images, prompts = draw(policy, args, run, 16)
     if run.is_main:
+        images, prompts = draw(policy, args, run, range(16))
         image_grid(images, [p.text for p in prompts], run.dir / "samples" / f"epoch_{epoch:04d}.png")
 
 
@@ -1090,12 +1102,13 @@ def save(run: Run, args, policy: Policy, epoch: int, state: dict, ema: EMA | Non
         return
     root = run.dir / "checkpoints"
     final, temporary = root / f"epoch_{epoch:04d}", root / f".writing_{epoch:04d}"
+    if final.exists():
+        return
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     with ema.applied() if ema else nullcontext():
         export_lora(policy, temporary)
     torch.save(state | {"epoch": epoch}, temporary / "state.pt")
-    shutil.rmtree(final, ignore_errors=True)
     temporary.rename(final)
     link = root / ".last"
     link.unlink(missing_ok=True)
@@ -1103,17 +1116,18 @@ def save(run: Run, args, policy: Policy, epoch: int, state: dict, ema: EMA | Non
     link.replace(root / "last")
 
 
-def load(folder: str | Path, device) -> dict:
-    return torch.load(Path(folder) / "checkpoints" / "last" / "state.pt", map_location=device, weights_only=True)
+def load(folder: str | Path) -> dict:
+    """The state of a run folder's last checkpoint, on the CPU (the optimisers move what they need)."""
+    return torch.load(Path(folder) / "checkpoints" / "last" / "state.pt", map_location="cpu", weights_only=True)
 
 
 def finish(run: Run, args, policy: Policy, logger: Logger) -> None:
     """summary.json, curve.png, before_after.png (same noise, adapters off and on), and the result in a few lines."""
-    last, prompts = draw(policy, args, run, 16)
-    with policy.reference():
-        first, _ = draw(policy, args, run, 16)
     if not run.is_main:
         return
+    last, prompts = draw(policy, args, run, range(16))
+    with policy.reference():
+        first, _ = draw(policy, args, run, range(16))
     pairs = torch.stack([first, last], 1).flatten(0, 1)
     image_grid(pairs, [p.text for p in prompts], run.dir / "before_after.png", columns=4, pairs=True)
     plot_curve(logger, run.dir / "curve.png", run.dir.name)

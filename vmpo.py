@@ -14,6 +14,7 @@ Algorithm, one epoch (the loop below repeats the numbers):
      4b         M_phi(t, c), the running estimate of E[log w], or its Monte-Carlo mean              Eq. 7, 5
      4c         loss (log w - M_phi)^2, or one of its relatives                                     Eq. 8, 5, 31, 32, 50-55
      4d         + lambda_KL * KL(p_theta || p_old);  AdamW on theta and on phi                      App. D
+  5 log, checkpoint, evaluation with the same noise every time
 Differs from the paper: (a) its Eq. 5 lacks the square and mixes K and N; we use the unbiased variance.  (b) R2G: the
        step potential is r / beta, not r / (T beta), whose on-policy optimum is the tilt at temperature T beta.  (c) The
        minus sign in Eq. 55's last term.  (d) M_phi has 0.2 M parameters; the paper gives no architecture.
@@ -31,7 +32,6 @@ from contextlib import nullcontext
 
 import torch
 from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 import common
@@ -99,6 +99,8 @@ def parse_args(argv=None):
 def check(args):
     if not args.beta > 0:
         raise common.UsageError(f"--beta {args.beta} must be above 0; the paper uses 0.01 (HPSv2) and 0.1 (ImageReward)")
+    if args.mean == "batch" and args.num_prompts * args.group_size < 2:
+        raise common.UsageError("--mean batch needs at least two samples; raise --num-prompts or --group-size")
     if args.mean == "group" and args.group_size < 2:
         raise common.UsageError(f"--mean group needs at least two images per prompt, --group-size is {args.group_size}; use 2 or more, or --mean time_prompt")
     if args.objective in ("mc", "surrogate", "ppo") and args.mean not in ("group", "batch"):
@@ -227,6 +229,10 @@ class FieldNet(nn.Module):
 def main(args):
     # ---- setup ------------------------------------------------------------------------------------------------------
     run = common.setup(args, "vmpo")
+    second_order = args.objective in ("gradient-xt", "gradient-gfn")  # the fast attention kernels have no such derivative
+    torch.backends.cuda.enable_flash_sdp(not second_order)
+    torch.backends.cuda.enable_mem_efficient_sdp(not second_order)
+    torch.backends.cuda.enable_cudnn_sdp(not second_order)
     policy = common.Policy(args, run)
     params = common.add_lora(policy, args)
     adam = dict(betas=(args.adam_beta1, args.adam_beta2), eps=args.adam_eps, weight_decay=args.weight_decay)
@@ -251,18 +257,23 @@ def main(args):
     phi.to(run.device)
     phi_params = list(phi.parameters())
     phi_optimizer = torch.optim.AdamW(phi_params, lr=args.mean_lr, **adam) if phi_params else None
+    common.broadcast([*params, *phi_params], run)
     ema = common.EMA(params, args.ema_decay) if args.ema_decay else None
     scaler = torch.amp.GradScaler(run.device.type, init_scale=1024.0) if run.dtype == torch.float16 else None
-    tolerance = args.ratio_tolerance or (1e-4 if run.dtype == torch.float32 else 1e-2)
+    tolerance = args.ratio_tolerance
+    if tolerance is None:
+        tolerance = 1e-4 if run.dtype == torch.float32 else 1e-2
 
     terms = [f"reward/{t.name}" for t in reward.terms]
     scored = [t.name for r in (reward, metrics_too) if r for t in r.terms]
     held = ["eval/reward", "eval/reward_se", *(f"eval/{name}" for name in scored)]
     update_keys = ["loss/total", "loss/theta", "loss/mean", "loss/kl", "log_w/mean", "log_w/std", "log_r/mean", "log_r/std", "potential/mean", "potential/std", "kl/ref", "ratio/mean", "ratio/clip_frac"]  # fmt: skip
-    logger = common.Logger(run, args, ["reward/mean", "reward/std", *terms, *update_keys, "ratio/max", "ratio/start_deviation", "grad/norm", "grad/norm_phi", "grad/bad_steps", "calls/network", "time/rollout", "time/reward", "time/update", "mem/peak_gb", *held])  # fmt: skip
+    keys = ["reward/mean", "reward/std", *terms, *update_keys, "ratio/max", "ratio/start_deviation", "grad/norm", "grad/norm_phi", "grad/bad_steps", "calls/network", "time/rollout", "time/reward", "time/update", "mem/peak_gb", *held]  # fmt: skip
     bad_steps = optimizer_steps = 0
     if args.resume:
-        state = common.load(run.dir, run.device)
+        state = common.load(run.dir)
+        if state["epoch"] >= args.epochs:
+            raise common.UsageError(f"--resume {run.dir}: epoch {state['epoch']} of {args.epochs} is done; give a larger --epochs to go on")
         for p, saved in zip(params, state["lora"], strict=True):
             p.data.copy_(saved)
         optimizer.load_state_dict(state["optimizer"])
@@ -270,20 +281,36 @@ def main(args):
         if phi_optimizer:
             phi_optimizer.load_state_dict(state["phi_optimizer"])
         if ema:
-            ema.shadow = state["ema"]
+            ema.shadow = [s.to(run.device) for s in state["ema"]]
         if scaler:
             scaler.load_state_dict(state["scaler"])
-        run.start_epoch, optimizer_steps = state["epoch"], state["optimizer_steps"]
-        logger = common.Logger(run, args, logger.keys[1:])
+        run.start_epoch, optimizer_steps, bad_steps = state["epoch"], state["optimizer_steps"], state["bad_steps"]
+    logger = common.Logger(run, args, keys)
 
     def checkpoint(epoch):
         state = dict(lora=[p.detach() for p in params], optimizer=optimizer.state_dict(), phi=phi.state_dict(),
                      phi_optimizer=phi_optimizer.state_dict() if phi_optimizer else None, optimizer_steps=optimizer_steps,
-                     ema=ema.shadow if ema else None, scaler=scaler.state_dict() if scaler else None)  # fmt: skip
+                     bad_steps=bad_steps, ema=ema.shadow if ema else None, scaler=scaler.state_dict() if scaler else None)  # fmt: skip
         common.save(run, args, policy, epoch, state, ema)
 
+    def agree(problem, epoch):
+        """Stops all processes, after a checkpoint, where the reward failed in one of them."""
+        if common.all_reduce({"failed": float(problem is not None)}, run)["failed"]:
+            if epoch > run.start_epoch:
+                checkpoint(epoch)
+            raise SystemExit(f"vmpo.py: stopped after epoch {epoch}: {problem or 'the reward failed in another process'}")
+
+    def evaluate(epoch):
+        problem, result = None, {}
+        try:
+            result = common.evaluate(policy, args, run, reward, metrics_too, epoch)
+        except rewards.RewardError as failure:
+            problem = failure
+        agree(problem, epoch)
+        return result
+
     if run.start_epoch == 0 and args.eval_images:
-        logger.log(0, common.evaluate(policy, args, run, reward, metrics_too, 0))
+        logger.log(0, evaluate(0))
 
     progress = tqdm(range(run.start_epoch, args.epochs), desc="vmpo", disable=not run.is_main, initial=run.start_epoch, total=args.epochs)  # fmt: skip
     for epoch in progress:
@@ -298,12 +325,12 @@ def main(args):
         cond = policy.encode(texts)
         indices = range(first, first + samples)
         noise = common.sample_noise(args.seed, epoch, indices, grid.steps, policy.latent_shape, run.device)
-        path = common.rollout(policy, grid, cond, prompts, noise, args.cfg, args.micro_batch_size)
+        path = common.rollout(policy, grid, cond, prompts, noise, args.cfg, args.micro_batch_size, desc="rollout" if run.is_main else "")
         text = path.cond.mean_embedding()
 
         # ---- 2 reward -----------------------------------------------------------------------------------------------
         clock.append(time.time())
-
+        problem = grad_r = None
         try:
             with torch.no_grad():
                 final, parts = reward(policy.decode(path.x[:, -1]), texts, extra, chunk=args.reward_batch_size)
@@ -313,13 +340,11 @@ def main(args):
                         if i < grid.steps:  # r(x0_hat(x_t)): the sampler's own prediction, one decode, one reward call
                             x0_hat = grid.x0_hat(path.x[:, i], path.o_old[:, i], i)
                             reward_t[:, i] = reward(policy.decode(x0_hat), texts, extra, chunk=args.reward_batch_size)[0]
-            grad_r = None
             if args.objective in GRADIENT:
                 grad_r = reward_gradients(policy, reward, grid, path, texts, extra, args)
-        except rewards.RewardError as problem:
-            if epoch > run.start_epoch:
-                checkpoint(epoch)
-            raise SystemExit(f"vmpo.py: stopped in epoch {epoch + 1}: {problem}") from None
+        except rewards.RewardError as failure:
+            problem = failure
+        agree(problem, epoch)
 
         # ---- 3 potential --------------------------------------------------------------------------------------------
         beta = args.beta / min(1.0, (epoch + 1) / max(1, args.beta_warmup_epochs))
@@ -344,76 +369,76 @@ def main(args):
         # ---- 4 update -----------------------------------------------------------------------------------------------
         clock.append(time.time())
         total = dict.fromkeys([*update_keys, "_log_w2", "_log_r2", "_u2", "_count"], 0.0)
-        extremes = {"ratio/max": 0.0, "ratio/start_deviation": None}
-        norms, phi_norms = [], []
-        column = {i: s for s, i in enumerate(steps)}
+        extremes = {"ratio/max": 0.0, "ratio/start_deviation": 0.0}
+        norms, phi_norms, checked = [], [], False
+        column = torch.full((grid.steps,), -1)
+        column[steps] = torch.arange(len(steps))
         rows_per_update = args.num_prompts * args.group_size * len(steps) / args.updates_per_epoch
         for inner in range(args.inner_epochs):
-            parts_of_epoch = common.shuffled_rows(args, run, steps, epoch, inner)
-            bar = tqdm(total=sum(map(len, parts_of_epoch)), desc="update", leave=False, disable=not run.is_main or None)
-            for part in parts_of_epoch:
+            for update, part in enumerate(common.shuffled_rows(args, run, steps, epoch, inner)):
+                bar = tqdm(total=len(part), desc=f"update {update + 1}", leave=False, disable=not run.is_main or None)
                 for chunk in part.split(args.micro_batch_size):
                     n, i = chunk.unbind(1)
-                    s = torch.tensor([column[int(j)] for j in i])
                     x_t, z_old, o_old, o_ref = path.x[n, i], path.z[n, i], path.o_old[n, i], path.o_ref[n, i]
-                    # 4a: log R and log w of Eq. 1, in units of the step's standard deviation
-                    math_attention = sdpa_kernel(SDPBackend.MATH) if args.objective in ("gradient-xt", "gradient-gfn") else nullcontext()
-                    with math_attention:  # the fast attention kernels have no second derivative
-                        x_t = x_t.requires_grad_(args.objective in ("gradient-xt", "gradient-gfn"))
-                        o = policy.predict(x_t, grid.time(i, len(n), run.device), path.cond[n], args.cfg)
-                        w = grid.at(grid.w, i, o)
-                        moved = w * (o - o_old)  # (mu_theta - mu_old) / sigma
-                        z = z_old - moved  # (x_s - mu_theta) / sigma
-                        log_r = common.log_ratio(w * (o_ref - o), z, args.logprob_reduce)
-                        log_p = common.log_ratio(moved, z_old, args.logprob_reduce)  # log p_theta - log p_old
-                        if extremes["ratio/start_deviation"] is None:
-                            extremes["ratio/start_deviation"] = check_start(moved, z_old, tolerance, epoch)
-                        if args.potential == "learned" and args.objective not in GRADIENT:
-                            u = learned_potential(phi["potential"], path, grid, reward_t, n, i, beta)
-                        elif args.diff_reward == "train":
-                            u = fresh_potential(policy, reward, grid, path, final, n, i, o, prompts, beta, args)
-                        else:
-                            u = potential[n, s]
-                        log_w = log_weights(log_r, u)
-                        # 4b: the mean of log w
-                        if "mean" in phi:
-                            mean = phi["mean"](grid.t[i].to(run.device), text[n] if text_dim else None)
-                        else:
-                            mean = baseline[n, s] if baseline is not None else torch.zeros_like(log_w)
-                        # 4c: the loss
-                        loss_mean = torch.zeros_like(log_w)
-                        if args.objective == "vmpo":
-                            loss, regression = vmpo_loss(log_w, mean)
-                            loss_mean = regression if "mean" in phi else loss_mean
-                        elif args.objective == "mc":
-                            loss = mc_loss(log_w, mean, k)
-                        elif args.objective == "surrogate":
-                            loss = surrogate_loss(log_w, mean, log_p, k)
-                        elif args.objective == "ppo":
-                            loss = ppo_loss(log_w, mean, log_p, args.clip_range, k)
-                        elif args.objective == "db":
-                            loss = db_loss(log_w)
-                        else:
-                            loss = match_gradients(policy, grid, path, grad_r, phi, n, i, x_t, o, z, w, beta, args)
-                        # 4d: + KL, gradients, optimiser
-                        kl_ref = common.kl_divergence(w * (o - o_ref), args.logprob_reduce)
-                        kl = common.kl_divergence(moved, args.logprob_reduce) if args.kl_anchor == "old" else kl_ref
-                        if args.kl_denom == "g2":
-                            kl = kl * grid.dt[i].to(kl)
-                        row = loss + args.mean_coef * loss_mean + args.kl_coef * kl
-                        objective = row.sum() / rows_per_update
-                        (scaler.scale(objective) if scaler else objective).backward()
+                    # 4a: log R and log w of Eq. 1; moved = (mu_theta - mu_old) / sigma, z = (x_s - mu_theta) / sigma
+                    x_t.requires_grad_(second_order)
+                    o = policy.predict(x_t, grid.time(i, len(n), run.device), path.cond[n], args.cfg)
+                    w = grid.at(grid.w, i, o)
+                    moved = w * (o - o_old)
+                    z = z_old - moved
+                    log_r = common.log_ratio(w * (o_ref - o), z, args.logprob_reduce)
+                    log_p = common.log_ratio(moved, z_old, args.logprob_reduce)  # log p_theta - log p_old
+                    if inner == update == 0 and not checked:
+                        extremes["ratio/start_deviation"], checked = check_start(moved, z_old, tolerance, epoch), True
+                    if args.potential == "learned" and args.objective not in GRADIENT:
+                        u = learned_potential(phi["potential"], path, grid, reward_t, n, i, beta)
+                    elif args.diff_reward == "train":
+                        u = fresh_potential(policy, reward, grid, path, final, n, i, o, prompts, beta, args)
+                    else:
+                        u = potential[n, column[i]]
+                    log_w = log_weights(log_r, u)
+                    # 4b: the mean of log w
+                    if "mean" in phi:
+                        mean = phi["mean"](grid.t[i].to(run.device), text[n] if text_dim else None)
+                    else:
+                        mean = baseline[n, column[i]] if baseline is not None else torch.zeros_like(log_w)
+                    # 4c: the loss
+                    loss_mean = torch.zeros_like(log_w)
+                    if args.objective == "vmpo":
+                        loss, regression = vmpo_loss(log_w, mean)
+                        loss_mean = regression if "mean" in phi else loss_mean
+                    elif args.objective == "mc":
+                        loss = mc_loss(log_w, mean, k)
+                    elif args.objective == "surrogate":
+                        loss = surrogate_loss(log_w, mean, log_p, k)
+                    elif args.objective == "ppo":
+                        loss = ppo_loss(log_w, mean, log_p, args.clip_range, k)
+                    elif args.objective == "db":
+                        loss = db_loss(log_w)
+                    else:
+                        loss = match_gradients(policy, grid, path, grad_r, phi, n, i, x_t, o, z, w, beta, args)
+                    # 4d: + KL, gradients
+                    kl_ref = common.kl_divergence(w * (o - o_ref), args.logprob_reduce)
+                    kl = common.kl_divergence(moved, args.logprob_reduce) if args.kl_anchor == "old" else kl_ref
+                    if args.kl_denom == "g2":
+                        kl = kl * grid.dt[i].to(kl)
+                    row = loss + args.mean_coef * loss_mean + args.kl_coef * kl
+                    objective = row.sum() / rows_per_update
+                    (scaler.scale(objective) if scaler else objective).backward()
                     with torch.no_grad():
                         ratio = log_p.exp()
-                        clipped = ((ratio - 1).abs() > args.clip_range).float()
-                        values = [row, loss, loss_mean, kl, log_w, None, log_r, None, u, None, kl_ref, ratio, clipped]
-                        for key, value in zip(update_keys, values):
-                            total[key] += 0.0 if value is None else value.sum().item()
-                        for key, value in (("_log_w2", log_w), ("_log_r2", log_r), ("_u2", u)):
-                            total[key] += (value.double() ** 2).sum().item()
-                        total["_count"] += len(n)
+                        sums = {
+                            "loss/total": row, "loss/theta": loss, "loss/mean": loss_mean, "loss/kl": kl, "kl/ref": kl_ref,
+                            "log_w/mean": log_w, "log_r/mean": log_r, "potential/mean": u, "_log_w2": log_w.double() ** 2,
+                            "_log_r2": log_r.double() ** 2, "_u2": u.double() ** 2, "_count": torch.ones_like(ratio),
+                            "ratio/mean": ratio, "ratio/clip_frac": ((ratio - 1).abs() > args.clip_range).double(),
+                        }  # fmt: skip
+                        for key, value in sums.items():
+                            total[key] = total[key] + value.double().sum()
                         extremes["ratio/max"] = max(extremes["ratio/max"], ratio.max().item())
                     bar.update(len(n))
+                bar.close()
+                # 4d: all-reduce, clip, AdamW on theta and on phi
                 norm, taken = common.optimizer_step(optimizer, params, args.max_grad_norm, run, scaler)
                 norms.append(norm)
                 if phi_optimizer:
@@ -428,11 +453,11 @@ def main(args):
                     raise SystemExit(f"vmpo.py: stopped in epoch {epoch + 1}: {bad_steps} updates in a row had a NaN or infinite gradient; the last checkpoint is intact; try a smaller --lr or a larger --beta")
                 if ema and taken and optimizer_steps % args.ema_every == 0:
                     ema.update()
-            bar.close()
 
         # ---- 5 log, samples, checkpoint, eval -----------------------------------------------------------------------
         clock.append(time.time())
-        total = common.all_sum(total, run)
+        total = common.all_reduce({key: float(value) for key, value in total.items()}, run)
+        extremes = common.all_reduce(extremes, run, "MAX")
         count = max(1.0, total["_count"])
         metrics = {key: total[key] / count for key in update_keys if not key.endswith("/std")}
         for key, name in (("_log_w2", "log_w"), ("_log_r2", "log_r"), ("_u2", "potential")):
@@ -447,15 +472,15 @@ def main(args):
         if run.device.type == "cuda":
             metrics["mem/peak_gb"] = torch.cuda.max_memory_allocated() / 2**30
         last = epoch + 1 == args.epochs
+        if last or args.save_every and (epoch + 1) % args.save_every == 0:
+            checkpoint(epoch + 1)
         with ema.applied() if ema else nullcontext():
             if args.eval_images and (last or args.eval_every and (epoch + 1) % args.eval_every == 0):
-                metrics |= common.evaluate(policy, args, run, reward, metrics_too, epoch + 1)
+                metrics |= evaluate(epoch + 1)
             if args.sample_every and (epoch + 1) % args.sample_every == 0:
                 common.sample_grid(policy, args, run, epoch + 1)
         logger.log(epoch + 1, metrics)
         progress.set_postfix(reward=f"{metrics['reward/mean']:.3f}", kl=f"{metrics['kl/ref']:.1e}")
-        if last or args.save_every and (epoch + 1) % args.save_every == 0:
-            checkpoint(epoch + 1)
     with ema.applied() if ema else nullcontext():
         common.finish(run, args, policy, logger)
     logger.close()
@@ -498,8 +523,9 @@ def fresh_potential(policy, reward, grid, path, final, n, i, o, prompts, beta, a
 def reward_gradients(policy, reward, grid, path, texts, extra, args):
     """grad_{x_t} r(x0_hat(x_t)) at every state of the trajectories, (B, T+1, C, h, w), through network, VAE and reward."""
     grads = torch.zeros_like(path.x)
-    for start in range(0, len(path.x), args.micro_batch_size):
-        rows = slice(start, start + args.micro_batch_size)
+    size = min(args.micro_batch_size, args.decode_batch_size)  # the graph of network, VAE and reward lives at once
+    for start in range(0, len(path.x), size):
+        rows = slice(start, start + size)
         for i in range(grid.steps + 1):
             x = path.x[rows, i].clone().requires_grad_()
             x0 = x  # the terminal latent is its own Tweedie estimate
@@ -524,8 +550,8 @@ def match_gradients(policy, grid, path, grad_r, phi, n, i, x_t, o, z, w, beta, a
     x_ref = x_t.detach().requires_grad_()
     with policy.reference():
         o_ref = policy.predict(x_ref, grid.time(i, len(n), o.device), path.cond[n], args.cfg)
-    logp_ref = common.gaussian_logp(x_s, grid.mu(x_ref, o_ref, i), sigma, "sum")
-    back_ref = torch.autograd.grad(logp_ref.sum(), x_ref)[0]
+        logp_ref = common.gaussian_logp(x_s, grid.mu(x_ref, o_ref, i), sigma, "sum")
+        back_ref = torch.autograd.grad(logp_ref.sum(), x_ref)[0]  # inside: checkpointing repeats the forward pass here
     if args.objective == "gradient-xt":
         return gradient_loss(-grad_r[n, i], back_ref, back, beta)
     g_s, g_t = phi["residual"](x_s, t_next), phi["residual"](x_t.detach(), grid.t[i].to(o.device))

@@ -11,6 +11,7 @@ import argparse
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -45,6 +46,10 @@ def run(args, preset, variant, seed):
     if args.epochs:
         command += ["--epochs", str(args.epochs)]
     summary = args.out / name / "summary.json"
+    if (args.out / name / "checkpoints" / "last").exists():
+        command = [sys.executable, script, "--resume", str(args.out / name)]  # an interrupted run goes on
+    elif (args.out / name).exists():
+        shutil.rmtree(args.out / name)
     if not summary.exists():
         print(" ".join(["python", *command[1:]]), flush=True)
         env = os.environ | {"OMP_NUM_THREADS": "1"}

@@ -157,3 +157,38 @@ def test_fork_runs_in_another_folder(tmp_path):
     done = call(*flags, "--model", ROOT / "tiny" / "sd35", script=tmp_path / "vmpo.py", cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
     assert list((tmp_path / "runs").glob("vmpo_*/before_after.png"))
+
+
+def readme_commands():
+    text = "\n".join(f.read_text() for f in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))])
+    lines = re.findall(r"^(?:python|torchrun --nproc-per-node 8) vmpo\.py (.*?)(?:\s+#.*)?$", text, re.M)
+    return sorted({line for line in lines if "runs/NAME" not in line})
+
+
+@pytest.mark.parametrize("flags", readme_commands())
+def test_commands_in_the_documentation_parse(flags, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(SystemExit) as stop:
+        vmpo.parse_args([*flags.split(), "--dry-run"])
+    assert stop.value.code == 0, capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "preset", [p for p in vmpo.PRESETS if p not in ("sd15-imagereward", "sd35-ocr", "sd35-ocr-release")]
+)
+def test_presets_parse(preset, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(SystemExit) as stop:
+        vmpo.parse_args(["--preset", preset, "--dry-run"])
+    assert stop.value.code == 0
+
+
+@pytest.mark.parametrize("preset, file", [("sd15-imagereward", "drawbench.txt"), ("sd35-ocr", "ocr_train.txt")])
+def test_presets_whose_prompts_cannot_be_shipped_name_the_file_and_run_with_another(preset, file, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(SystemExit) as stop:
+        vmpo.parse_args(["--preset", preset, "--dry-run"])
+    assert stop.value.code == 2 and file in capsys.readouterr().err
+    with pytest.raises(SystemExit) as stop:
+        vmpo.parse_args(["--preset", preset, "--dry-run", "--prompts", "prompts/ocr_test.txt"])
+    assert stop.value.code == 0

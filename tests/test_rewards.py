@@ -150,8 +150,6 @@ def test_autocast_around_the_reward_changes_nothing():
 @pytest.mark.parametrize(
     "images, prompts, words",
     [
-        (pictures() * 2 - 1, PROMPTS, "[-1, 1]"),
-        (pictures() * math.nan, PROMPTS, "nan"),
         (torch.zeros(3, 3, 8, 8, dtype=torch.uint8), PROMPTS, "uint8"),
         (pictures()[0], PROMPTS, "(3, 40, 40)"),
         (pictures(), PROMPTS[:2], "3 images but 2 prompts"),
@@ -163,6 +161,13 @@ def test_wrong_inputs_are_refused(images, prompts, words):
     with pytest.raises(ValueError) as e:
         reward_of(mean)(images, prompts)
     assert words in str(e.value) and not isinstance(e.value, RewardError)
+
+
+@pytest.mark.parametrize("images, words", [(pictures() * 2 - 1, "[-1, 1]"), (pictures() * math.nan, "nan")])
+def test_pixels_that_only_a_broken_run_makes_stop_it_with_a_checkpoint(images, words):
+    with pytest.raises(RewardError) as e:
+        reward_of(mean)(images, PROMPTS)
+    assert words in str(e.value)
 
 
 def test_gradient_is_refused_where_there_is_none():
