@@ -75,6 +75,7 @@ def add_args(parser: argparse.ArgumentParser) -> None:
     g.add_argument("--kernel", default="auto", choices=["auto", "ddim", "flow_sde", "dance", "ancestral", "cps", "ode"], help="transition kernel of the rollout; auto = ddim for SD1.5, flow_sde (Flow-GRPO) for SD3.5")
     g.add_argument("--noise-level", type=float, help="eta of ddim (DDPO: 1), nl of flow_sde (Flow-GRPO: 0.7), g of dance (0.3), nl of cps (0.8); default: these")
     g.add_argument("--cfg", type=float, default=5.0, help="classifier-free guidance scale, in rollout and training alike (paper: 5 for SD1.5, 4.5 for SD3.5, App. D); 1 = off")
+    g.add_argument("--shared-noise", action=yes_no, default=False, help="the K images of a prompt start from the same x_T (DanceGRPO), so that the group's rewards differ by the policy's own draws only")
     g.add_argument("--detach-uncond", action=yes_no, default=False, help="no gradient through the unconditional branch (early Flow-GRPO, VGG-Flow)")
     g.add_argument("--train-fraction", type=float, help="leading fraction of the T steps that are trained (Flow-GRPO: 0.99 = all but the last); default 1 for SD1.5, 0.99 for SD3.5")
     g.add_argument("--resolution", type=int, help="pixels per side (paper: 512); default 512 for SD1.5 and SD3.5, else the model's own")
@@ -841,19 +842,19 @@ class Rollout:
     x: torch.Tensor
     z: torch.Tensor
     o_old: torch.Tensor
-    o_ref: torch.Tensor | None
+    o_ref: torch.Tensor | None  # 0 at steps without a reference pass
     cond: Cond
     prompts: list[Prompt]  # (B,)
 
 
 @torch.no_grad()
-def rollout(policy, grid, cond, prompts, noise, cfg, micro_batch, reference=True, desc="rollout") -> Rollout:
-    """Samples B trajectories from noise (B, T+1, C, h, w); with `reference` the frozen model is run at every x_t too."""
+def rollout(policy, grid, cond, prompts, noise, cfg, micro_batch, reference=(), desc="rollout") -> Rollout:
+    """Samples B trajectories from noise (B, T+1, C, h, w); at the steps in `reference` the frozen model is run, too."""
     count, steps = len(noise), grid.steps
     x = torch.empty_like(noise)
     x[:, 0] = noise[:, 0]
     o_old = torch.empty_like(noise[:, 1:])
-    o_ref = torch.empty_like(o_old) if reference else None
+    o_ref = torch.zeros_like(o_old) if reference else None
     starts = range(0, count, micro_batch)
     bar = tqdm(total=len(starts) * steps, desc=desc, leave=False, disable=not desc or None, mininterval=0.5)
     for start in starts:
@@ -862,7 +863,7 @@ def rollout(policy, grid, cond, prompts, noise, cfg, micro_batch, reference=True
             x_t = x[rows, i]
             time_i = grid.time(i, len(x_t), x_t.device)
             o = policy.predict(x_t, time_i, cond[rows], cfg)
-            if reference:
+            if i in reference:
                 with policy.reference():
                     o_ref[rows, i] = policy.predict(x_t, time_i, cond[rows], cfg)
             x[rows, i + 1] = grid.mu(x_t, o, i) + grid.at(grid.sigma, i, x_t) * noise[rows, i + 1]
@@ -943,7 +944,7 @@ def draw(policy, args, run, indices) -> tuple[torch.Tensor, list[Prompt]]:
     for start in range(0, len(indices), args.micro_batch_size):
         rows = slice(start, start + args.micro_batch_size)
         noise = sample_noise(0, "held-out", indices[rows], grid.steps, policy.latent_shape, run.device)
-        path = rollout(policy, grid, cond[rows], prompts[rows], noise, args.cfg, len(noise), reference=False, desc="")
+        path = rollout(policy, grid, cond[rows], prompts[rows], noise, args.cfg, len(noise), desc="")
         images.append(policy.decode(path.x[:, -1]).cpu())
     return torch.cat(images), prompts
 

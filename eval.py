@@ -210,7 +210,7 @@ def score(policy, grid, cond, reward, args, label: str) -> tuple[dict[str, torch
             index = [f"{prompt.id}/{k}" for prompt, (_, k) in zip(prompts, batch)]  # the noise depends on this alone
             noise = common.sample_noise(args.seed, "eval", index, grid.steps, policy.latent_shape, policy.device)
             part = cond[[p for p, _ in batch]]
-            path = common.rollout(policy, grid, part, prompts, noise, args.cfg, len(batch), reference=False, desc="")
+            path = common.rollout(policy, grid, part, prompts, noise, args.cfg, len(batch), desc="")
             images = policy.decode(path.x[:, -1])
             if not images.isfinite().all():
                 raise SystemExit(f"eval.py: stopped: {label} gives NaN images in {policy.dtype}; try --dtype float32")

@@ -154,7 +154,7 @@ def _check_batch(images, prompts, metadata) -> None:
     low, high = (v.item() for v in images.detach().aminmax())
     if not (low >= -1e-3 and high <= 1 + 1e-3):  # NaN fails this, too
         # what a diverged policy draws, hence no ValueError: the run is to stop with a checkpoint
-        raise RewardError(f"pixels range from {low:.3g} to {high:.3g}; a reward expects [0, 1], not [-1, 1] and no NaN")
+        raise RewardError(f"pixels range from {low:.3g} to {high:.3g}; rewards expect [0, 1], not [-1, 1] and no NaN")
 
 
 def _score(term: Term, images, prompts: list[str], metadata, first: int) -> torch.Tensor:

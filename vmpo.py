@@ -325,7 +325,9 @@ def main(args):
         cond = policy.encode(texts)
         indices = range(first, first + samples)
         noise = common.sample_noise(args.seed, epoch, indices, grid.steps, policy.latent_shape, run.device)
-        path = common.rollout(policy, grid, cond, prompts, noise, args.cfg, args.micro_batch_size, desc="rollout" if run.is_main else "")
+        if args.shared_noise:
+            noise[:, 0] = noise[:: args.group_size, 0].repeat_interleave(args.group_size, 0)
+        path = common.rollout(policy, grid, cond, prompts, noise, args.cfg, args.micro_batch_size, steps, "rollout" if run.is_main else "")
         text = path.cond.mean_embedding()
 
         # ---- 2 reward -----------------------------------------------------------------------------------------------
@@ -572,7 +574,7 @@ def print_sizes(args):
         scored += samples * (args.steps + 1)
     common.print_sizes(args, {
         "samples per epoch": f"{samples} = {args.num_prompts} prompts x {args.group_size}",
-        "network evaluations per epoch": f"{samples * args.steps * 2 * passes} in the rollout (policy and reference), {samples * train * args.inner_epochs * passes} with gradient",
+        "network evaluations per epoch": f"{samples * args.steps * passes} in the rollout, {samples * train * passes} of the reference, {samples * train * args.inner_epochs * passes} with gradient",
         "decodes and reward evaluations per epoch": f"{scored} images",
         "transitions per epoch": f"{samples * train}, {samples * train // args.updates_per_epoch} per update",
         "updates": f"{args.updates_per_epoch * args.inner_epochs} per epoch, {args.updates_per_epoch * args.inner_epochs * args.epochs} in all",

@@ -51,7 +51,7 @@ VARIANTS = [
     "--logprob-reduce sum --beta 1", "--beta-warmup-epochs 3", "--cfg 2", "--cfg 2 --detach-uncond --potential r2g",
     "--inner-epochs 2 --updates-per-epoch 2", "--kernel ancestral", "--lora-targets to_q,to_v --lora-alpha 3",
     "--ema-decay 0.9 --ema-every 1 --sample-every 1", "--eval-kernel same --eval-steps 4", "--gradient-checkpointing",
-    "--offload-text-encoders", "--reward shapes=0.7,shapes-strict=0.3", "--train-fraction 0.67",
+    "--offload-text-encoders", "--reward shapes=0.7,shapes-strict=0.3", "--train-fraction 0.67", "--shared-noise",
 ]  # fmt: skip
 
 
