@@ -421,7 +421,7 @@ def setup(args, method: str) -> Run:
     if run.is_main and not args.resume:
         (folder / "samples").mkdir(parents=True, exist_ok=True)
         (folder / "checkpoints").mkdir(exist_ok=True)
-        skip = {"prompt_list", "eval_prompt_list", "argv", "changed", "run_dir", "resume", "dry_run"}
+        skip = {"prompt_list", "eval_prompt_list", "argv", "changed", "run_dir", "resume", "dry_run", "paths", "eval_paths"}
         plain = {k: v for k, v in vars(args).items() if k not in skip}
         write_json(folder / "args.json", {"method": method, "args": plain})
         (folder / "command.txt").write_text(shlex.join([Path(sys.executable).name, *sys.argv]) + "\n")

@@ -85,15 +85,25 @@ def parse_args(argv=None):
         if args.dry_run:
             print_sizes(args)
             raise SystemExit(0)
-        paths = rewards.parse_paths(args.reward_path)
-        rewards.check(args.reward, paths, [p.text for p in args.prompt_list])
-        for spec in (args.reward, args.eval_rewards):
-            if spec and args.eval_images:
-                rewards.check(spec, paths, [p.text for p in args.eval_prompt_list])
+        args.paths, args.eval_paths = reward_paths(args)
+        rewards.check(args.reward, args.paths, [p.text for p in args.prompt_list])
+        if args.eval_images:
+            rewards.check(args.reward, args.paths, [p.text for p in args.eval_prompt_list])
+        if args.eval_images and args.eval_rewards:
+            rewards.check(args.eval_rewards, args.eval_paths, [p.text for p in args.eval_prompt_list])
         common.check_model(args)
     except (common.UsageError, rewards.UsageError) as problem:
         parser.error(str(problem))
     return args
+
+
+def reward_paths(args):
+    """--reward-path for the training reward and for the --eval-rewards; NAME=PATH goes where NAME is."""
+    every = rewards.parse_paths(args.reward_path)
+    scored = {name for name, _ in rewards.parse_spec(args.eval_rewards)} if args.eval_rewards else set()
+    trained = {name for name, _ in rewards.parse_spec(args.reward)}
+    return ({k: p for k, p in every.items() if k in trained or k not in scored},
+            {k: p for k, p in every.items() if k in scored})  # fmt: skip
 
 
 def check(args):
@@ -237,9 +247,8 @@ def main(args):
     params = common.add_lora(policy, args)
     adam = dict(betas=(args.adam_beta1, args.adam_beta2), eps=args.adam_eps, weight_decay=args.weight_decay)
     optimizer = torch.optim.AdamW(params, lr=args.lr, **adam)
-    paths = rewards.parse_paths(args.reward_path)
-    reward = rewards.load(args.reward, run.device, torch.float32, paths)
-    metrics_too = rewards.load(args.eval_rewards, run.device, torch.float32, paths) if args.eval_rewards else None
+    reward = rewards.load(args.reward, run.device, torch.float32, args.paths)
+    metrics_too = rewards.load(args.eval_rewards, run.device, torch.float32, args.eval_paths) if args.eval_rewards else None
     if args.objective in GRADIENT and not reward.differentiable:
         raise common.UsageError(f"--objective {args.objective} needs a differentiable reward and {args.reward} is not one")
     grid = common.make_grid(policy.pipe.scheduler, policy.kind, args.steps, args.kernel, args.noise_level)
