@@ -6,7 +6,7 @@ BIN = .venv/bin
 .PHONY: demo test lint
 
 demo: .venv/installed
-	$(BIN)/python vmpo.py --preset tiny
+	$(BIN)/python vmpo.py --preset tiny-sd15
 
 test: .venv/installed
 	$(BIN)/python -m ruff check .

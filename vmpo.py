@@ -37,8 +37,10 @@ from tqdm import tqdm
 import common
 import rewards
 
-TINY = dict(prompts="prompts/shapes_train.txt", eval_prompts="prompts/shapes_heldout.txt", reward="shapes", eval_rewards="shapes-strict", cfg=1.0,
-            max_sequence_length=10, eval_images=256, lora_rank=16, lora_alpha=16, lora_targets="attention+mlp",
+TINY = dict(prompts="prompts/shapes_train.txt", eval_prompts="prompts/shapes_heldout.txt", reward="shapes",
+            eval_rewards="shapes-strict", eval_images=256, max_sequence_length=10, steps=10, cfg=1.0, num_prompts=8,
+            group_size=8, updates_per_epoch=1, potential="r2g", mean="group", beta=0.1, kl_anchor="ref", kl_coef=0.3,
+            ema_decay=0.9, ema_every=1, lora_rank=16, lora_alpha=16, lora_targets="attention+mlp",
             micro_batch_size=64, decode_batch_size=64, reward_batch_size=256)  # fmt: skip
 SD35 = dict(model="sd3.5-medium", reward="ocr", beta=0.1, steps=10, eval_steps=40, cfg=4.5, noise_level=0.7,
             lora_rank=32, lora_alpha=64, prompts="prompts/ocr_train.txt", eval_prompts="prompts/ocr_test.txt",
@@ -52,9 +54,9 @@ PRESETS = {
     "sd35-ocr": SD35,
     # the same with the official code's choices where they differ from the paper's
     "sd35-ocr-release": SD35 | dict(num_prompts=256, beta_warmup_epochs=50, diff_reward="train", kl_anchor="ref", kl_denom="g2", mean_coef=0.01, mean_lr=3e-5, ema_decay=0.9, dtype="float16"),
-    # the embedded models: coloured shapes on a CPU (ours; how the numbers were found: docs/vmpo.md)
-    "tiny": TINY | dict(model="tiny-sd35", steps=10, potential="diff", mean="group", beta=0.1, num_prompts=8, group_size=8, epochs=150, updates_per_epoch=1, lr=4e-4),
-    "tiny-sd15": TINY | dict(model="tiny-sd15", steps=10, potential="diff", mean="group", beta=0.1, num_prompts=8, group_size=8, epochs=150, updates_per_epoch=1, lr=4e-4),
+    # the embedded models: coloured shapes on a CPU (ours; how these numbers were found: docs/vmpo.md)
+    "tiny": TINY | dict(model="tiny-sd35", train_fraction=0.6, lr=4e-4, epochs=200),
+    "tiny-sd15": TINY | dict(model="tiny-sd15", train_fraction=0.7, lr=1e-3, epochs=120),
 }
 GRADIENT = ("gradient", "gradient-xt", "gradient-gfn")
 

@@ -19,9 +19,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 VARIANTS = {
-    "vmpo-diff": "vmpo.py --potential diff --mean group",
     "vmpo-r2g-group": "vmpo.py --potential r2g --mean group",
     "vmpo-r2g-amortised": "vmpo.py --potential r2g --mean time_prompt",
+    "vmpo-diff": "vmpo.py --potential diff --mean group",
 }
 PRESETS = ("tiny", "tiny-sd15")
 
@@ -84,7 +84,7 @@ def table(rows):
 
 def main():
     args = parse_args()
-    jobs = [(p, v, s) for s in args.seeds for p in args.presets for v in args.only]
+    jobs = [(p, v, s) for p in args.presets for v in args.only for s in args.seeds]
     with ThreadPoolExecutor(args.jobs) as pool:
         rows = list(pool.map(lambda job: run(args, *job), jobs))
     machine = f"{platform.machine()}, {os.cpu_count()} cores, one thread per run, {args.jobs} runs at a time"

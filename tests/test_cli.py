@@ -93,7 +93,8 @@ def test_sum_reduction_with_a_clip_range_for_means_is_warned_of(capsys):
     assert "0.0256 (times the latent's 256 scalars)" in capsys.readouterr().out
 
 
-def test_ctrl_c_keeps_the_checkpoint_and_resume_goes_on(tmp_path):
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_keeps_the_checkpoint_and_resume_goes_on(tmp_path, sent):
     command = [
         sys.executable,
         str(ROOT / "vmpo.py"),
@@ -105,13 +106,14 @@ def test_ctrl_c_keeps_the_checkpoint_and_resume_goes_on(tmp_path):
         "--name",
         "run",
     ]
-    process = subprocess.Popen(command, cwd=ROOT, env=ENV, stderr=subprocess.PIPE, text=True)
+    heed = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731  (a background job inherits "ignore")
+    process = subprocess.Popen(command, cwd=ROOT, env=ENV, stderr=subprocess.PIPE, text=True, preexec_fn=heed)
     last = tmp_path / "run" / "checkpoints" / "last" / "state.pt"
     while not last.exists() and process.poll() is None:
         time.sleep(0.2)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(sent)
     _, err = process.communicate(timeout=60)
-    assert process.returncode == 130 and "--resume" in err
+    assert process.returncode == 130 and "--resume" in err, err[-2000:]
     lines = len((tmp_path / "run" / "metrics.csv").read_text().splitlines())
     done = call("--resume", tmp_path / "run", "--epochs", lines + 1)
     assert done.returncode == 0, done.stderr[-2000:]
