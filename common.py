@@ -658,7 +658,7 @@ def load_prompts(paths: str) -> list[Prompt]:
     for name in paths.split(","):
         path = Path(name) if Path(name).exists() else HERE / name
         if not path.is_file():
-            raise UsageError(f"--prompts '{name}' does not exist; give a .txt file with one prompt a line or a .jsonl file (see prompts/README.md)")
+            raise UsageError(f"--prompts {name or '(empty)'} does not exist; give a .txt file with one prompt a line or a .jsonl file (see prompts/README.md)")
         try:
             lines = path.read_text(encoding="utf-8-sig").split("\n")  # splitlines() would cut at other separators too
         except UnicodeDecodeError:

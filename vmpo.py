@@ -304,20 +304,22 @@ def main(args):
                      bad_steps=bad_steps, ema=ema.shadow if ema else None, scaler=scaler.state_dict() if scaler else None)  # fmt: skip
         common.save(run, args, policy, epoch, state, ema)
 
-    def agree(problem, epoch):
+    def agree(problem, epoch, metrics=None):
         """Stops all processes, after a checkpoint, where the reward failed in one of them."""
         if common.all_reduce({"failed": float(problem is not None)}, run)["failed"]:
+            if metrics is not None:
+                logger.log(epoch, metrics)
             if epoch > run.start_epoch:
                 checkpoint(epoch)
             raise SystemExit(f"vmpo.py: stopped after epoch {epoch}: {problem or 'the reward failed in another process'}")
 
-    def evaluate(epoch):
+    def evaluate(epoch, metrics=None):
         problem, result = None, {}
         try:
             result = common.evaluate(policy, args, run, reward, metrics_too, epoch)
         except rewards.RewardError as failure:
             problem = failure
-        agree(problem, epoch)
+        agree(problem, epoch, metrics)
         return result
 
     if run.start_epoch == 0 and args.eval_images:
@@ -485,15 +487,15 @@ def main(args):
         if run.device.type == "cuda":
             metrics["mem/peak_gb"] = torch.cuda.max_memory_allocated() / 2**30
         last = epoch + 1 == args.epochs
-        if last or args.save_every and (epoch + 1) % args.save_every == 0:
-            checkpoint(epoch + 1)
         with ema.applied() if ema else nullcontext():
             if args.eval_images and (last or args.eval_every and (epoch + 1) % args.eval_every == 0):
-                metrics |= evaluate(epoch + 1)
+                metrics |= evaluate(epoch + 1, metrics)
             if args.sample_every and (epoch + 1) % args.sample_every == 0:
                 common.sample_grid(policy, args, run, epoch + 1)
         logger.log(epoch + 1, metrics)
         progress.set_postfix(reward=f"{metrics['reward/mean']:.3f}", kl=f"{metrics['kl/ref']:.1e}")
+        if last or args.save_every and (epoch + 1) % args.save_every == 0:
+            checkpoint(epoch + 1)  # after the log: a resumed run drops the rows that came after its checkpoint
     with ema.applied() if ema else nullcontext():
         common.finish(run, args, policy, logger)
     logger.close()

@@ -355,7 +355,7 @@ REFUSED = [
     ("--micro-batch-size -1", ["--micro-batch-size -1"]),
     (
         "--updates-per-epoch 5 --num-prompts 8 --group-size 8 --steps 10",
-        ["--updates-per-epoch 5", "576 transitions", "use 9"],
+        ["--updates-per-epoch 5", "384 transitions", "use 8"],
     ),
     ("--kernel ddim", ["--kernel ddim", "flow_sde, dance"]),
     ("--kernel flow_sde --model tiny-sd15", ["--kernel flow_sde", "ddim, ancestral"]),
@@ -474,6 +474,6 @@ def test_defaults_then_preset_then_flags(monkeypatch):
     args = check_only(monkeypatch, "--preset", "tiny", "--steps", 10, "--lr", 0.0123)
     assert args.lr == 0.0123 and args.group_size == vmpo.PRESETS["tiny"]["group_size"] and args.adam_beta1 == 0.9
     assert args.changed == {"lr": [vmpo.PRESETS["tiny"]["lr"], 0.0123]}
-    assert (args.kernel, args.noise_level, args.kind, args.train_steps) == ("flow_sde", 0.7, "flow", 9)
+    assert (args.kernel, args.noise_level, args.kind, args.train_steps) == ("flow_sde", 0.7, "flow", 6)
     args = check_only(monkeypatch, "--preset", "tiny-sd15", "--steps", 10)
-    assert (args.kernel, args.noise_level, args.kind, args.train_steps) == ("ddim", 1.0, "eps", 10)
+    assert (args.kernel, args.noise_level, args.kind, args.train_steps) == ("ddim", 1.0, "eps", 7)

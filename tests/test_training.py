@@ -46,9 +46,11 @@ def close(a, b, rtol=1e-3, atol=1e-5):
 VARIANTS = [
     "--mean time", "--mean time_prompt", "--mean group", "--mean batch", "--potential r2g",
     "--potential r2g --r2g-scale 1/T --mean time", "--potential learned --mean time_prompt",
-    "--diff-reward train --mean time_prompt", "--objective mc", "--objective surrogate --mean batch",
+    "--potential diff --diff-reward train --mean time_prompt",
+    "--potential diff", "--objective mc", "--objective surrogate --mean batch",
     "--objective ppo --updates-per-epoch 2 --clip-range 1e-3", "--objective db", "--kl-anchor ref --kl-coef 10",
-    "--logprob-reduce sum --beta 1", "--beta-warmup-epochs 3", "--cfg 2", "--cfg 2 --detach-uncond --potential r2g",
+    "--logprob-reduce sum --beta 1", "--beta-warmup-epochs 3", "--cfg 2 --reward jpeg",
+    "--cfg 2 --detach-uncond --potential diff --reward jpeg",
     "--inner-epochs 2 --updates-per-epoch 2", "--kernel ancestral", "--lora-targets to_q,to_v --lora-alpha 3",
     "--ema-decay 0.9 --ema-every 1 --sample-every 1", "--eval-kernel same --eval-steps 4", "--gradient-checkpointing",
     "--offload-text-encoders", "--reward shapes=0.7,shapes-strict=0.3", "--train-fraction 0.67", "--shared-noise",
