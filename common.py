@@ -978,29 +978,39 @@ def sample_grid(policy, args, run, epoch: int) -> None:
         image_grid(images, [p.text for p in prompts], run.dir / "samples" / f"epoch_{epoch:04d}.png")
 
 
-def image_grid(images: torch.Tensor, captions: list[str], path: Path, columns: int = 8, pairs: bool = False) -> None:
-    """Captioned contact sheet (PNG).  With `pairs`, images come as before, after, before, after, ..."""
+def image_grid(images, captions: list[str], path: Path, columns: int = 8, pairs: bool = False, scores=None) -> None:
+    """Captioned contact sheet (PNG) of images (N, 3, H, W).
+
+    With `pairs`, images come as before, after, before, after, ...; `scores`, [(before, after), ...], are written under
+    each pair and colour its frame: green where the score rose, red where it fell.
+    """
     from PIL import Image, ImageDraw, ImageFont
 
     size = max(96, images.shape[-1]) if images.shape[-1] < 256 else 256
-    font, line, wide = ImageFont.load_default(11), 30, size * (2 if pairs else 1) + 6
+    font, line, gap, frame = ImageFont.load_default(11), 30, 4, 3
+    parts = 2 if pairs else 1
+    wide, high = parts * (size + gap) + 2 * frame + 4, size + line + 2 * frame + 4 + (14 if scores else 0)
     tiles = images.detach().cpu().mul(255).round().byte().permute(0, 2, 3, 1).numpy()
-    count = len(captions)
-    rows = -(-count // columns)
-    sheet = Image.new("RGB", (columns * wide, rows * (size + line)), "white")
+    sheet = Image.new("RGB", (columns * wide, -(-len(captions) // columns) * high), "white")
     pen = ImageDraw.Draw(sheet)
     for n, caption in enumerate(captions):
-        x, y = n % columns * wide, n // columns * (size + line)
-        for k in range(2 if pairs else 1):
-            tile = Image.fromarray(tiles[n * (2 if pairs else 1) + k])
+        x, y = n % columns * wide + frame, n // columns * high
+        colour = "lightgray"
+        if scores:
+            old, new = scores[n]
+            colour = "green" if new > old else "crimson" if new < old else "lightgray"
+            pen.text((x + 2, y + line + size + frame + 2), f"{old:.2f} -> {new:.2f}", fill=colour if new != old else "gray", font=font)
+        pen.rectangle((x - frame, y + line - frame, x + parts * (size + gap) - gap + frame - 1, y + line + size + frame - 1), fill=colour)
+        for k in range(parts):
+            tile = Image.fromarray(tiles[n * parts + k])
             tile = tile.resize((size, size), Image.NEAREST if tile.width < size else Image.LANCZOS)
-            sheet.paste(tile, (x + k * size, y + line))
-        words, lines = caption.split(), [""]
-        for word in words:
-            if font.getlength(lines[-1] + " " + word) > wide - 6 and lines[-1]:
+            sheet.paste(tile, (x + k * (size + gap), y + line))
+        lines = [""]
+        for word in caption.split():
+            if font.getlength(lines[-1] + " " + word) > wide - 8 and lines[-1]:
                 lines.append("")
             lines[-1] = (lines[-1] + " " + word).strip()
-        pen.multiline_text((x + 2, y + 1), "\n".join(lines[:2]), fill="black", font=font, spacing=1)
+        pen.multiline_text((x, y), "\n".join(lines[:2]), fill="black", font=font, spacing=1)
     temporary = path.with_suffix(".tmp.png")
     sheet.save(temporary)
     temporary.replace(path)
@@ -1126,11 +1136,10 @@ def finish(run: Run, args, policy: Policy, logger: Logger) -> None:
     """summary.json, curve.png, before_after.png (same noise, adapters off and on), and the result in a few lines."""
     if not run.is_main:
         return
-    last, prompts = draw(policy, args, run, range(16))
+    last, prompts = draw(policy, args, run, range(24))
     with policy.reference():
-        first, _ = draw(policy, args, run, range(16))
-    pairs = torch.stack([first, last], 1).flatten(0, 1)
-    image_grid(pairs, [p.text for p in prompts], run.dir / "before_after.png", columns=4, pairs=True)
+        first, _ = draw(policy, args, run, range(24))
+    pairs, scores = torch.stack([first, last], 1).flatten(0, 1), None
     plot_curve(logger, run.dir / "curve.png", run.dir.name)
     seconds = sum(r.get(f"time/{k}", 0.0) for r in logger.rows() for k in ("rollout", "reward", "update"))
     summary = {"seed": args.seed, "epochs": args.epochs, "seconds": round(seconds, 1), "images": args.eval_images,
@@ -1144,7 +1153,10 @@ def finish(run: Run, args, policy: Policy, logger: Logger) -> None:
             summary["gain"][key] = (new - old).mean().item()
             summary["gain_se"][key] = (new - old).std().item() / len(old) ** 0.5  # paired, over images
             print(f"  {key:20s} {old.mean():8.4f} -> {new.mean():8.4f}   gain {summary['gain'][key]:+.4f} +- {summary['gain_se'][key]:.4f}")
+        if args.eval_images >= len(prompts):  # the same images, hence the same scores
+            scores = list(zip(before["reward"], after["reward"]))
     write_json(run.dir / "summary.json", summary)
+    image_grid(pairs, [p.text for p in prompts], run.dir / "before_after.png", columns=4, pairs=True, scores=scores)
     print(f"curve     {run.dir / 'curve.png'}")
     print(f"pictures  {run.dir / 'before_after.png'}")
     print(f"LoRA      pipe.load_lora_weights('{run.dir / 'checkpoints' / 'last'}')")

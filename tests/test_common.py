@@ -278,11 +278,11 @@ def test_image_grid_has_a_tile_per_image(tmp_path, pixels, side):
     images[:, 0], images[4, 2] = 1.0, 1.0  # red; the fifth magenta
     common.image_grid(images, [f"a caption of many words {n}" for n in range(5)], tmp_path / "grid.png", columns=3)
     with Image.open(tmp_path / "grid.png") as sheet:
-        assert sheet.format == "PNG" and sheet.size == (3 * (side + 6), 2 * (side + 30))
+        assert sheet.format == "PNG" and sheet.size == (3 * (side + 14), 2 * (side + 40))
         centre = side // 2
         assert sheet.getpixel((centre, 30 + centre)) == (255, 0, 0)
-        assert sheet.getpixel((side + 6 + centre, side + 60 + centre)) == (255, 0, 255)
-        assert sheet.getpixel((2 * (side + 6) + centre, side + 60 + centre)) == (255, 255, 255)  # no sixth image
+        assert sheet.getpixel((side + 14 + centre, side + 70 + centre)) == (255, 0, 255)
+        assert sheet.getpixel((2 * (side + 14) + centre, side + 70 + centre)) == (255, 255, 255)  # no sixth image
     assert [p.name for p in tmp_path.iterdir()] == ["grid.png"]
 
 
@@ -291,9 +291,15 @@ def test_image_grid_of_pairs(tmp_path):
     images[1::2] = 1.0  # before black, after white
     common.image_grid(images, ["a", "b"], tmp_path / "pairs.png", columns=2, pairs=True)
     with Image.open(tmp_path / "pairs.png") as sheet:
-        assert sheet.size == (2 * (2 * 96 + 6), 96 + 30)
-        assert sheet.getpixel((48, 78)) == (0, 0, 0) and sheet.getpixel((96 + 48, 78)) == (255, 255, 255)
-        assert sheet.getpixel((198 + 48, 78)) == (0, 0, 0)
+        assert sheet.size == (2 * (2 * 100 + 10), 96 + 40)
+        assert sheet.getpixel((48, 78)) == (0, 0, 0) and sheet.getpixel((100 + 48, 78)) == (255, 255, 255)
+        assert sheet.getpixel((210 + 48, 78)) == (0, 0, 0)
+    both = [(0.0, 1.0), (0.5, 0.25)]
+    common.image_grid(images, ["a", "b"], tmp_path / "pairs.png", columns=2, pairs=True, scores=both)
+    with Image.open(tmp_path / "pairs.png") as sheet:
+        assert sheet.size == (2 * (2 * 100 + 10), 96 + 54)
+        rose, fell = sheet.getpixel((1, 60)), sheet.getpixel((211, 60))  # the frames
+        assert rose[1] > max(rose[0], rose[2]) and fell[0] > max(fell[1:])
 
 
 # ---- models ---------------------------------------------------------------------------------------------------------

@@ -145,7 +145,7 @@ def test_against_the_pipeline(world, prompts, tmp_path, preset, lora):
             want = probe((drawn * 255).round() / 255, PROMPTS[p]).item()
             assert images(found, model)[p, 0].item() == pytest.approx(want, abs=1e-3), (model, p)
     assert (images(found, lora) - images(found, "base")).abs().max() > 2e-2  # ... and the LoRA matters
-    assert Image.open(tmp_path / "grid.png").size == (2 * (2 * 96 + 6), 96 + 30)  # two pairs, before and after
+    assert Image.open(tmp_path / "grid.png").size == (2 * (2 * 100 + 10), 96 + 40)  # two pairs, before and after
 
 
 def test_batch_sizes_order_and_numbers_change_nothing(world, prompts, result, tmp_path):
@@ -187,7 +187,7 @@ def test_files(result, world):
             assert entry["se"] == pytest.approx(per_prompt.std().item() / math.sqrt(3))
     text = (out / "results.md").read_text()
     assert evaluation.table(found["summary"]) in text and found["command"] in text
-    assert Image.open(out / "grid.png").size == (3 * (96 + 6), 3 * (96 + 30))  # a row per model, a column per prompt
+    assert Image.open(out / "grid.png").size == (3 * (96 + 14), 3 * (96 + 40))  # a row per model, a column per prompt
 
 
 def test_results_are_not_overwritten_unasked(result, prompts, capsys):
