@@ -93,21 +93,17 @@ def test_sum_reduction_with_a_clip_range_for_means_is_warned_of(capsys):
     assert "0.0256 (times the latent's 256 scalars)" in capsys.readouterr().out
 
 
+def long_run(folder):
+    flags = [*SMALL, "--epochs", "500", "--runs", str(folder), "--name", "run"]
+    return [sys.executable, str(ROOT / "vmpo.py"), *flags]
+
+
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
 def test_ctrl_c_keeps_the_checkpoint_and_resume_goes_on(tmp_path, sent):
-    command = [
-        sys.executable,
-        str(ROOT / "vmpo.py"),
-        *SMALL,
-        "--epochs",
-        "500",
-        "--runs",
-        str(tmp_path),
-        "--name",
-        "run",
-    ]
     heed = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731  (a background job inherits "ignore")
-    process = subprocess.Popen(command, cwd=ROOT, env=ENV, stderr=subprocess.PIPE, text=True, preexec_fn=heed)
+    process = subprocess.Popen(
+        long_run(tmp_path), cwd=ROOT, env=ENV, stderr=subprocess.PIPE, text=True, preexec_fn=heed
+    )
     last = tmp_path / "run" / "checkpoints" / "last" / "state.pt"
     while not last.exists() and process.poll() is None:
         time.sleep(0.2)
@@ -121,18 +117,7 @@ def test_ctrl_c_keeps_the_checkpoint_and_resume_goes_on(tmp_path, sent):
 
 
 def test_killed_run_resumes_from_a_valid_checkpoint(tmp_path):
-    command = [
-        sys.executable,
-        str(ROOT / "vmpo.py"),
-        *SMALL,
-        "--epochs",
-        "500",
-        "--runs",
-        str(tmp_path),
-        "--name",
-        "run",
-    ]
-    process = subprocess.Popen(command, cwd=ROOT, env=ENV, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(long_run(tmp_path), cwd=ROOT, env=ENV, stderr=subprocess.DEVNULL)
     while not (tmp_path / "run" / "checkpoints" / "epoch_0003").exists() and process.poll() is None:
         time.sleep(0.05)
     process.kill()
