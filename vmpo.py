@@ -17,7 +17,7 @@ Algorithm, one epoch (the loop below repeats the numbers):
   5 log, checkpoint, evaluation with the same noise every time
 Differs from the paper: (a) its Eq. 5 lacks the square and mixes K and N; we use the unbiased variance.  (b) R2G: the
        step potential is r / beta, not r / (T beta), whose on-policy optimum is the tilt at temperature T beta.  (c) The
-       minus sign in Eq. 55's last term.  (d) M_phi has 0.2 M parameters; the paper gives no architecture.
+       minus sign in Eq. 55's last term.  (d) M_phi is a small MLP; the paper gives no architecture.
 Differs from the official code: Tweedie rewards come from the rollout (theirs: two more network passes and decodes per
        transition); KL to the old policy with the true variance (theirs: to the reference, times dt).  Both are flags.
 Run:   python vmpo.py --preset tiny                       # embedded model, CPU, minutes, no downloads
