@@ -313,17 +313,17 @@ def main(args):
                 checkpoint(epoch)
             raise SystemExit(f"vmpo.py: stopped after epoch {epoch}: {problem or 'the reward failed in another process'}")
 
-    def evaluate(epoch, metrics=None):
-        problem, result = None, {}
+    def evaluate(epoch):
+        """The held-out scores, or the failure of a reward: agree() on it outside of ema.applied()."""
         try:
-            result = common.evaluate(policy, args, run, reward, metrics_too, epoch)
+            return common.evaluate(policy, args, run, reward, metrics_too, epoch), None
         except rewards.RewardError as failure:
-            problem = failure
-        agree(problem, epoch, metrics)
-        return result
+            return {}, failure
 
     if run.start_epoch == 0 and args.eval_images:
-        logger.log(0, evaluate(0))
+        scores, problem = evaluate(0)
+        agree(problem, 0)
+        logger.log(0, scores)
 
     progress = tqdm(range(run.start_epoch, args.epochs), desc="vmpo", disable=not run.is_main, initial=run.start_epoch, total=args.epochs)  # fmt: skip
     for epoch in progress:
@@ -489,9 +489,11 @@ def main(args):
         last = epoch + 1 == args.epochs
         with ema.applied() if ema else nullcontext():
             if args.eval_images and (last or args.eval_every and (epoch + 1) % args.eval_every == 0):
-                metrics |= evaluate(epoch + 1, metrics)
+                scores, problem = evaluate(epoch + 1)
+                metrics |= scores
             if args.sample_every and (epoch + 1) % args.sample_every == 0:
                 common.sample_grid(policy, args, run, epoch + 1)
+        agree(problem, epoch + 1, metrics)  # the policy's own weights are back: they are what a checkpoint keeps
         logger.log(epoch + 1, metrics)
         progress.set_postfix(reward=f"{metrics['reward/mean']:.3f}", kl=f"{metrics['kl/ref']:.1e}")
         if last or args.save_every and (epoch + 1) % args.save_every == 0:
