@@ -45,6 +45,11 @@ ATTENTION = {"eps": ["to_q", "to_k", "to_v", "to_out.0"],
              "flow": ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]}  # fmt: skip
 MLP = {"eps": ["ff.net.0.proj", "ff.net.2"],
        "flow": ["ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2"]}  # fmt: skip
+# the embedded models' experiment, in every script: coloured shapes, 64 images an epoch, one update
+TINY = dict(prompts="prompts/shapes_train.txt", eval_prompts="prompts/shapes_heldout.txt", reward="shapes",
+            eval_rewards="shapes-strict", eval_images=256, max_sequence_length=10, steps=10, cfg=1.0, num_prompts=8,
+            group_size=8, updates_per_epoch=1, ema_decay=0.9, ema_every=1, lora_rank=16, lora_alpha=16,
+            lora_targets="attention+mlp", micro_batch_size=64, decode_batch_size=64, reward_batch_size=256)  # fmt: skip
 MIN_SIGMA = 1e-6  # below this a step has no density: it is performed, but it is not a step of the policy
 # flags that may change when a run is resumed: none of them enters the mathematics
 RESUMABLE = {"resume", "epochs", "micro_batch_size", "reward_batch_size", "decode_batch_size", "sample_every",
@@ -147,8 +152,12 @@ def make_parser(doc: str, method: str) -> argparse.ArgumentParser:
     return _Parser(f"{method}.py", "%(prog)s [flags]", title, formatter_class=lambda prog: _Help(prog, width=110))
 
 
-def parse(parser, presets: dict[str, dict], argv=None) -> argparse.Namespace:
-    """Defaults < --preset < explicit flags; a resumed run takes its own flags.  Checks what all trainers share."""
+def parse(parser, presets: dict[str, dict], argv, rewards, check, sizes) -> argparse.Namespace:
+    """Defaults < --preset < explicit flags; a resumed run takes its own flags.  Ends the program on bad input.
+
+    `check(args)` raises UsageError for what only this method knows, `sizes(args)` are its lines of --dry-run, and
+    `rewards` is the module of that name, whose checks come after the cheap ones.
+    """
     defaults = vars(parser.parse_args([]))
     unset = object()
     given = vars(parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(defaults, unset))))
@@ -166,7 +175,13 @@ def parse(parser, presets: dict[str, dict], argv=None) -> argparse.Namespace:
         args = _resumed(parser, args, explicit)
     try:
         check_args(args)
-    except UsageError as problem:
+        check(args)
+        if args.dry_run:
+            print_sizes(args, sizes(args))
+            raise SystemExit(0)
+        rewards.check_args(args)
+        check_model(args)
+    except (UsageError, rewards.UsageError) as problem:
         parser.error(str(problem))
     return args
 
@@ -215,7 +230,6 @@ def check_args(args) -> None:
     for name in ("lr", "lora_alpha", "max_grad_norm"):
         if not getattr(args, name) > 0:
             raise UsageError(f"--{name.replace('_', '-')} {getattr(args, name)} must be above 0")
-    samples = args.num_prompts * args.group_size
     world = max(1, int(os.environ.get("WORLD_SIZE", 1)))
     if args.num_prompts % world:
         fits = [w for w in range(1, args.num_prompts + 1) if args.num_prompts % w == 0 and w <= world]
@@ -244,10 +258,6 @@ def check_args(args) -> None:
     args.train_steps = int(args.steps * args.train_fraction + 1e-9)
     if not 1 <= args.train_steps <= args.steps:
         raise UsageError(f"--train-fraction {args.train_fraction} of {args.steps} steps is {args.train_steps}; it must leave 1 to {args.steps}")
-    rows = samples * args.train_steps
-    if rows % args.updates_per_epoch:
-        fits = [u for u in range(1, 2 * args.updates_per_epoch + 1) if rows % u == 0]
-        raise UsageError(f"--updates-per-epoch {args.updates_per_epoch} does not divide the {rows} transitions of an epoch; use {fits[-1]}")
     args.eval_steps = args.eval_steps or args.steps
     args.prompt_list = load_prompts(args.prompts)
     args.eval_prompt_list = load_prompts(args.eval_prompts) if args.eval_prompts else args.prompt_list
@@ -257,6 +267,12 @@ def check_args(args) -> None:
     parent = next(p for p in [runs.absolute(), *runs.absolute().parents] if p.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise UsageError(f"--runs {runs} cannot be written ({parent} is not a writable folder); choose another folder")
+
+
+def check_updates(args, rows: int, what: str = "transitions") -> None:
+    if rows % args.updates_per_epoch:
+        fits = [u for u in range(1, 2 * args.updates_per_epoch + 1) if rows % u == 0]
+        raise UsageError(f"--updates-per-epoch {args.updates_per_epoch} does not divide the {rows} {what} of an epoch; use {fits[-1]}")
 
 
 def find_model(name: str) -> tuple[str, str]:
@@ -390,6 +406,7 @@ class Run:
     rank: int
     world: int
     start_epoch: int = 0
+    method: str = ""
 
     @property
     def is_main(self) -> bool:
@@ -417,7 +434,7 @@ def setup(args, method: str) -> Run:
         raise UsageError(f"{news[0]} holds a run already; continue it with --resume {news[0]}, or choose another --name")
     folder = Path(args.resume or news[0])
     args.run_dir = str(folder)
-    run = Run(folder, device, dtype, rank, world)
+    run = Run(folder, device, dtype, rank, world, method=method)
     if run.is_main and not args.resume:
         (folder / "samples").mkdir(parents=True, exist_ok=True)
         (folder / "checkpoints").mkdir(exist_ok=True)
@@ -833,6 +850,37 @@ def kl_divergence(delta: torch.Tensor, reduce: str) -> torch.Tensor:
 
 # ---- data -----------------------------------------------------------------------------------------------------------
 @dataclass
+class Batch:
+    """This process's share of an epoch: B samples, group-major, so that x.view(P, K) works; indices count over all."""
+
+    prompts: list[Prompt]
+    indices: range
+    cond: Cond
+    noise: torch.Tensor  # (B, T+1, C, h, w): the start and one draw per step
+
+    @property
+    def texts(self) -> list[str]:
+        return [p.text for p in self.prompts]
+
+    @property
+    def metadata(self) -> list[dict]:
+        return [p.metadata for p in self.prompts]
+
+
+def epoch_batch(policy, args, run: Run, epoch: int) -> Batch:
+    """Prompts, text conditions and noise of this epoch: whole groups for each process."""
+    chosen = prompt_batch(args.prompt_list, epoch, args.seed, args.num_prompts)
+    samples = args.num_prompts * args.group_size // run.world
+    first = run.rank * samples
+    prompts = [p for p in chosen for _ in range(args.group_size)][first : first + samples]
+    indices = range(first, first + samples)
+    noise = sample_noise(args.seed, epoch, indices, args.steps, policy.latent_shape, run.device)
+    if args.shared_noise:
+        noise[:, 0] = noise[:: args.group_size, 0].repeat_interleave(args.group_size, 0)
+    return Batch(prompts, indices, policy.encode([p.text for p in prompts]), noise)
+
+
+@dataclass
 class Rollout:
     """Trajectories of this process, float32: states x (B, T+1, C, h, w), draws z and behaviour outputs o_old (B, T, ...).
 
@@ -888,15 +936,16 @@ def shuffled_rows(args, run: Run, steps: list[int], epoch: int, inner: int) -> l
 
 
 class EMA:
-    """Averaged copies of the trained weights; `applied()` swaps them in for evaluation and export."""
+    """Averaged copies of the trained weights; `applied()` swaps them in (not between a forward pass and its backward)."""
 
     def __init__(self, params: list[nn.Parameter], decay: float):
         self.params, self.decay, self.shadow = params, decay, [p.detach().clone() for p in params]
 
     @torch.no_grad()
-    def update(self) -> None:
+    def update(self, decay: float | None = None) -> None:
+        """shadow <- d shadow + (1 - d) weights."""
         for s, p in zip(self.shadow, self.params):
-            s.lerp_(p, 1 - self.decay)
+            s.lerp_(p, 1 - (self.decay if decay is None else decay))
 
     @contextmanager
     @torch.no_grad()
@@ -909,6 +958,67 @@ class EMA:
         finally:
             for p, k in zip(self.params, kept):
                 p.copy_(k)
+
+    def state_dict(self) -> dict:
+        return {"shadow": self.shadow}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.shadow = [x.to(p.device) for x, p in zip(state["shadow"], self.params)]
+
+
+class Optimiser:
+    """AdamW on theta, and on phi where a method has one: loss scaling, clipping, averaging, bad steps counted."""
+
+    def __init__(self, args, run: Run, params: list[nn.Parameter], *others: tuple[list[nn.Parameter], float, float]):
+        """`others`: further weights, each with its own learning rate and clipping norm."""
+        self.args, self.run, self.params = args, run, params
+        adam = dict(betas=(args.adam_beta1, args.adam_beta2), eps=args.adam_eps, weight_decay=args.weight_decay)
+        self.parts = [
+            (torch.optim.AdamW(weights, lr=lr, **adam), weights, norm)
+            for weights, lr, norm in [(params, args.lr, args.max_grad_norm), *others]
+        ]
+        for _, weights, _ in self.parts:
+            broadcast(weights, run)
+        self.ema = EMA(params, args.ema_decay) if args.ema_decay else None
+        self.scaler = torch.amp.GradScaler(run.device.type, init_scale=1024.0) if run.dtype == torch.float16 else None
+        self.steps = self.bad_steps = 0
+
+    def backward(self, loss: torch.Tensor) -> None:
+        (self.scaler.scale(loss) if self.scaler else loss).backward()
+
+    def step(self) -> list[float]:
+        """One update of every part; their gradient norms before clipping.  Stops after --max-bad-steps bad ones."""
+        done = [optimizer_step(opt, weights, norm, self.run, self.scaler) for opt, weights, norm in self.parts]
+        if self.scaler:
+            self.scaler.update()
+        taken = all(fine for _, fine in done)
+        self.steps += 1
+        self.bad_steps = 0 if taken else self.bad_steps + 1
+        if self.bad_steps > self.args.max_bad_steps:
+            raise SystemExit(f"stopped: {self.bad_steps} updates in a row had a NaN or infinite gradient; the last checkpoint is intact; try a smaller --lr")
+        if self.ema and taken and self.steps % self.args.ema_every == 0:
+            self.ema.update()
+        return [norm for norm, _ in done]
+
+    def averaged(self):
+        """Context in which theta is its EMA, where there is one."""
+        return self.ema.applied() if self.ema else nullcontext()
+
+    def state_dict(self) -> dict:
+        return dict(lora=[p.detach() for p in self.params], parts=[opt.state_dict() for opt, _, _ in self.parts],
+                    ema=self.ema.state_dict() if self.ema else None, scaler=self.scaler.state_dict() if self.scaler else None,
+                    steps=self.steps, bad_steps=self.bad_steps)  # fmt: skip
+
+    def load_state_dict(self, state: dict) -> None:
+        for p, saved in zip(self.params, state["lora"], strict=True):
+            p.data.copy_(saved)
+        for (opt, _, _), saved in zip(self.parts, state["parts"], strict=True):
+            opt.load_state_dict(saved)
+        if self.ema:
+            self.ema.load_state_dict(state["ema"])
+        if self.scaler:
+            self.scaler.load_state_dict(state["scaler"])
+        self.steps, self.bad_steps = state["steps"], state["bad_steps"]
 
 
 def optimizer_step(optimizer, params, max_norm: float, run: Run, scaler=None) -> tuple[float, bool]:
@@ -927,6 +1037,70 @@ def optimizer_step(optimizer, params, max_norm: float, run: Run, scaler=None) ->
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return norm, taken
+
+
+# ---- stats ----------------------------------------------------------------------------------------------------------
+def group_advantage(reward: torch.Tensor, group_size: int, mode: str, run: Run) -> tuple[torch.Tensor, torch.Tensor]:
+    """Advantages (B,) of rewards (B,), group-major, and which samples' group has one reward only (their A is 0).
+
+    group: (r - mean) / (std + 1e-4) of the prompt's K samples (GRPO); global: the same mean, the std of all rewards of
+    the epoch (Flow-GRPO); none: r - mean (Dr.GRPO; VMPO Eq. 20); rloo: r - mean of the other K - 1; raw: r itself.
+    The standard deviations are the biased ones (as in Flow-GRPO's code).
+    """
+    r = reward.double().view(-1, group_size)
+    equal = (r == r[:, :1]).all(1, keepdim=True)
+    centred = torch.where(equal, 0.0, r - r.mean(1, keepdim=True))
+    if mode == "group":
+        adv = centred / (r.std(1, correction=0, keepdim=True) + 1e-4)
+    elif mode == "global":
+        adv = centred / (gather(reward, run).double().std(correction=0) + 1e-4)
+    elif mode == "rloo":
+        adv = centred * group_size / (group_size - 1)
+    else:
+        adv = centred if mode == "none" else r
+    return adv.flatten().float(), equal.expand_as(r).flatten()
+
+
+def check_start(moved: torch.Tensor, z: torch.Tensor, args, run: Run, epoch: int) -> float:
+    """The first micro-batch after a rollout repeats the rollout's network calls: log ratio and KL must be 0 there."""
+    tolerance = args.ratio_tolerance
+    if tolerance is None:
+        tolerance = 1e-4 if run.dtype == torch.float32 else 1e-2
+    deviation = log_ratio(moved, z, "mean").abs().max().item()
+    if not deviation <= tolerance:
+        raise SystemExit(f"stopped in epoch {epoch + 1}: right after the rollout |log p_theta - log p_old| is {deviation:.1e}, expected below {tolerance:.0e}; the rollout's and the update's passes differ: use --dtype float32 or float16, or accept it with --ratio-tolerance")
+    return deviation
+
+
+class Stats:
+    """Means of per-row quantities over an epoch and all processes, and maxima."""
+
+    def __init__(self, means: list[str], tops: list[str] = ()):
+        self.sums = {key: [0.0, 0.0, 0.0] for key in means}  # count, sum, sum of squares
+        self.tops = dict.fromkeys(tops, 0.0)
+
+    @torch.no_grad()
+    def add(self, values: dict[str, torch.Tensor]) -> None:
+        """Each value (n,): one number per row."""
+        for key, value in values.items():
+            value = value.double()
+            for j, part in enumerate((value.numel(), value.sum(), (value**2).sum())):
+                self.sums[key][j] = self.sums[key][j] + part
+
+    def top(self, key: str, value: float) -> None:
+        self.tops[key] = max(self.tops[key], value)
+
+    def result(self, run: Run, std: tuple[str, ...] = ()) -> dict[str, float]:
+        """{key: mean}, {"x/std": standard deviation} for the "x/mean" in `std`, and the maxima."""
+        flat = all_reduce({(key, j): float(part) for key, parts in self.sums.items() for j, part in enumerate(parts)}, run)
+        found = {}
+        for key in self.sums:
+            count, total, squares = (flat[key, j] for j in range(3))
+            if count:
+                found[key] = total / count
+            if count and key in std:
+                found[key.removesuffix("mean") + "std"] = max(0.0, squares / count - found[key] ** 2) ** 0.5
+        return found | all_reduce(self.tops, run, "MAX")
 
 
 # ---- evaluation during training -------------------------------------------------------------------------------------
@@ -949,19 +1123,21 @@ def draw(policy, args, run, indices) -> tuple[torch.Tensor, list[Prompt]]:
     return torch.cat(images), prompts
 
 
-def evaluate(policy, args, run, reward, metrics, epoch: int) -> dict[str, float]:
-    """Held-out reward (mean, standard error), its terms and the --eval-rewards; each image's scores go to eval/.
-
-    The processes draw and score equal shares (the last ones repeated where the number does not divide).
-    """
+def score_held_out(policy, args, run, reward, more) -> dict[str, torch.Tensor]:
+    """This process's share of the held-out images, drawn and scored: {name: (share,)}; the last ones may repeat."""
     share = -(-args.eval_images // run.world)
     images, prompts = draw(policy, args, run, range(run.rank * share, (run.rank + 1) * share))
     texts, extra = [p.text for p in prompts], [p.metadata for p in prompts]
     scores = {}
-    for scorer in (reward, metrics):
+    for scorer in (reward, more):
         if scorer is not None:
             total, parts = scorer(images.to(run.device), texts, extra, chunk=args.reward_batch_size)
             scores = {"reward": total} | scores | parts
+    return scores
+
+
+def held_out_metrics(scores: dict[str, torch.Tensor], args, run, epoch: int) -> dict[str, float]:
+    """Held-out reward (mean, standard error), its terms and the --eval-rewards; each image's scores go to eval/."""
     scores = {name: gather(value.to(run.device), run)[: args.eval_images] for name, value in scores.items()}
     if run.is_main:
         texts = [args.eval_prompt_list[n % len(args.eval_prompt_list)].text for n in range(args.eval_images)]
@@ -1130,6 +1306,106 @@ def save(run: Run, args, policy: Policy, epoch: int, state: dict, ema: EMA | Non
 def load(folder: str | Path) -> dict:
     """The state of a run folder's last checkpoint, on the CPU (the optimisers move what they need)."""
     return torch.load(Path(folder) / "checkpoints" / "last" / "state.pt", map_location="cpu", weights_only=True)
+
+
+class Recorder:
+    """What happens around every method's epochs: resume, evaluation, log, sample grids, checkpoints, the final summary."""
+
+    def __init__(self, run, args, policy, optimiser, reward, more, failure, keys, modules=None):
+        """`more` scores evaluations too, `failure` is what rewards raise, `keys` are the method's own metrics, and
+        `modules` {name: object with state_dict()} is what a checkpoint holds beside theta."""
+        self.run, self.args, self.policy, self.optimiser = run, args, policy, optimiser
+        self.reward, self.more, self.failure, self.modules = reward, more, failure, modules or {}
+        if args.resume:
+            state = load(run.dir)
+            if state["epoch"] >= args.epochs:
+                raise UsageError(f"--resume {run.dir}: epoch {state['epoch']} of {args.epochs} is done; give a larger --epochs to go on")
+            optimiser.load_state_dict(state["theta"])
+            for name, module in self.modules.items():
+                module.load_state_dict(state[name])
+            run.start_epoch = state["epoch"]
+        terms = [f"reward/{t.name}" for t in reward.terms]
+        held = [f"eval/{t.name}" for r in (reward, more) if r for t in r.terms]
+        self.logger = Logger(run, args, [
+            "reward/mean", "reward/std", *terms, *keys, "grad/bad_steps", "calls/network", "time/rollout", "time/reward",
+            "time/update", "mem/peak_gb", "eval/reward", "eval/reward_se", *held])  # fmt: skip
+        self.calls, self.clock = 0, []
+
+    def epochs(self):
+        """The epochs that are left, after the evaluation of the untrained policy."""
+        run, args = self.run, self.args
+        if run.start_epoch == 0 and args.eval_images:
+            scores, problem = self._held_out()
+            self._stop_if(problem, 0)
+            self.logger.log(0, held_out_metrics(scores, args, run, 0))
+        self.bar = tqdm(range(run.start_epoch, args.epochs), desc=run.method, disable=not run.is_main,
+                        initial=run.start_epoch, total=args.epochs)  # fmt: skip
+        for epoch in self.bar:
+            self.calls, self.clock = self.policy.network_calls, []
+            yield epoch
+
+    def phase(self) -> None:
+        """Called where an epoch's rollout, reward and update begin: the time columns."""
+        self.clock.append(time.time())
+
+    @contextmanager
+    def scoring(self, epoch: int):
+        """A reward that fails inside stops all processes with its sentence, after a checkpoint."""
+        problem = None
+        try:
+            yield
+        except self.failure as failure:
+            problem = failure
+        self._stop_if(problem, epoch)
+
+    def end_epoch(self, epoch: int, final: torch.Tensor, parts: dict, metrics: dict[str, float]) -> None:
+        """Rewards (B,), their terms and the method's metrics of `epoch` -> log, evaluation, samples, checkpoint."""
+        run, args = self.run, self.args
+        self.phase()
+        every = gather(final, run)
+        row = {"reward/mean": every.mean().item(), "reward/std": every.std().item() if len(every) > 1 else 0.0}
+        row |= {f"reward/{name}": gather(value, run).mean().item() for name, value in parts.items()} | metrics
+        row |= {"grad/bad_steps": self.optimiser.bad_steps, "calls/network": self.policy.network_calls - self.calls}
+        row |= {f"time/{name}": self.clock[j + 1] - self.clock[j] for j, name in enumerate(("rollout", "reward", "update"))}
+        if run.device.type == "cuda":
+            row["mem/peak_gb"] = torch.cuda.max_memory_allocated() / 2**30
+        done, last = epoch + 1, epoch + 1 == args.epochs
+        scores = problem = None
+        with self.optimiser.averaged():
+            if args.eval_images and (last or args.eval_every and done % args.eval_every == 0):
+                scores, problem = self._held_out()
+            if args.sample_every and done % args.sample_every == 0:
+                sample_grid(self.policy, args, run, done)
+        self._stop_if(problem, done, row)  # the policy's own weights are back: they are what a checkpoint keeps
+        if scores:
+            row |= held_out_metrics(scores, args, run, done)
+        self.logger.log(done, row)
+        self.bar.set_postfix(reward=f"{row['reward/mean']:.3f}", kl=f"{row.get('kl/ref', math.nan):.1e}")
+        if last or args.save_every and done % args.save_every == 0:
+            self._save(done)  # after the log: a resumed run drops the rows that came after its checkpoint
+
+    def finish(self) -> None:
+        with self.optimiser.averaged():
+            finish(self.run, self.args, self.policy, self.logger)
+        self.logger.close()
+
+    def _held_out(self):
+        try:
+            return score_held_out(self.policy, self.args, self.run, self.reward, self.more), None
+        except self.failure as failure:
+            return None, failure
+
+    def _stop_if(self, problem, epoch: int, row=None) -> None:
+        if all_reduce({"failed": float(problem is not None)}, self.run)["failed"]:
+            if row is not None:
+                self.logger.log(epoch, row)
+            if epoch > self.run.start_epoch:
+                self._save(epoch)
+            raise SystemExit(f"{self.run.method}.py: stopped after epoch {epoch}: {problem or 'the reward failed in another process'}")
+
+    def _save(self, epoch: int) -> None:
+        state = {"theta": self.optimiser.state_dict()} | {k: m.state_dict() for k, m in self.modules.items()}
+        save(self.run, self.args, self.policy, epoch, state, self.optimiser.ema)
 
 
 def finish(run: Run, args, policy: Policy, logger: Logger) -> None:

@@ -342,6 +342,21 @@ def check(spec: str, paths=None, prompts: list[str] | None = None) -> None:
                 raise UsageError(f"reward {name!r} cannot score line {line} of the prompts: {e}") from e
 
 
+def check_args(args) -> None:
+    """check() for a trainer's --reward and --eval-rewards; fills in args.paths and args.eval_paths."""
+    every = parse_paths(args.reward_path)
+    scored = {name for name, _ in parse_spec(args.eval_rewards)} if args.eval_rewards else set()
+    trained = {name for name, _ in parse_spec(args.reward)}
+    args.paths = {k: p for k, p in every.items() if k in trained or k not in scored}
+    args.eval_paths = {k: p for k, p in every.items() if k in scored}
+    held_out = [p.text for p in args.eval_prompt_list]
+    check(args.reward, args.paths, [p.text for p in args.prompt_list])
+    if args.eval_images:
+        check(args.reward, args.paths, held_out)
+    if args.eval_images and args.eval_rewards:
+        check(args.eval_rewards, args.eval_paths, held_out)
+
+
 def load(spec: str, device="cpu", dtype=torch.float32, paths=None) -> Reward:
     """The reward of a spec.  Each model is loaded once per process, also when two rewards share it."""
     parsed = parse_spec(spec)

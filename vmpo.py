@@ -27,8 +27,6 @@ Port:  copy diff_potential(), log_weights() and vmpo_loss(): tensors in, tensors
 """
 
 import math
-import time
-from contextlib import nullcontext
 
 import torch
 from torch import nn
@@ -37,11 +35,7 @@ from tqdm import tqdm
 import common
 import rewards
 
-TINY = dict(prompts="prompts/shapes_train.txt", eval_prompts="prompts/shapes_heldout.txt", reward="shapes",
-            eval_rewards="shapes-strict", eval_images=256, max_sequence_length=10, steps=10, cfg=1.0, num_prompts=8,
-            group_size=8, updates_per_epoch=1, potential="r2g", mean="group", beta=0.1, kl_anchor="ref", kl_coef=0.3,
-            ema_decay=0.9, ema_every=1, lora_rank=16, lora_alpha=16, lora_targets="attention+mlp",
-            micro_batch_size=64, decode_batch_size=64, reward_batch_size=256)  # fmt: skip
+TINY = common.TINY | dict(potential="r2g", mean="group", beta=0.1, kl_anchor="ref", kl_coef=0.3)
 SD35 = dict(model="sd3.5-medium", reward="ocr", beta=0.1, steps=10, eval_steps=40, cfg=4.5, noise_level=0.7,
             lora_rank=32, lora_alpha=64, prompts="prompts/ocr_train.txt", eval_prompts="prompts/ocr_test.txt",
             micro_batch_size=4)  # fmt: skip
@@ -81,34 +75,11 @@ def parse_args(argv=None):
     g.add_argument("--clip-range", type=float, default=1e-4, help="xi of Eq. 32, for mean-reduced log-probs (Flow-GRPO: 1e-4)")
     g.add_argument("--backward-coef", type=float, default=1.0, help="gradient-gfn: weight of the backward term (gradient-GFlowNet's code: 1)")
     common.add_args(parser)
-    args = common.parse(parser, PRESETS, argv)
-    try:
-        check(args)
-        if args.dry_run:
-            print_sizes(args)
-            raise SystemExit(0)
-        args.paths, args.eval_paths = reward_paths(args)
-        rewards.check(args.reward, args.paths, [p.text for p in args.prompt_list])
-        if args.eval_images:
-            rewards.check(args.reward, args.paths, [p.text for p in args.eval_prompt_list])
-        if args.eval_images and args.eval_rewards:
-            rewards.check(args.eval_rewards, args.eval_paths, [p.text for p in args.eval_prompt_list])
-        common.check_model(args)
-    except (common.UsageError, rewards.UsageError) as problem:
-        parser.error(str(problem))
-    return args
-
-
-def reward_paths(args):
-    """--reward-path for the training reward and for the --eval-rewards; NAME=PATH goes where NAME is."""
-    every = rewards.parse_paths(args.reward_path)
-    scored = {name for name, _ in rewards.parse_spec(args.eval_rewards)} if args.eval_rewards else set()
-    trained = {name for name, _ in rewards.parse_spec(args.reward)}
-    return ({k: p for k, p in every.items() if k in trained or k not in scored},
-            {k: p for k, p in every.items() if k in scored})  # fmt: skip
+    return common.parse(parser, PRESETS, argv, rewards, check, sizes)
 
 
 def check(args):
+    common.check_updates(args, args.num_prompts * args.group_size * args.train_steps)
     if not args.beta > 0:
         raise common.UsageError(f"--beta {args.beta} must be above 0; the paper uses 0.01 (HPSv2) and 0.1 (ImageReward)")
     if args.mean == "batch" and args.num_prompts * args.group_size < 2:
@@ -135,6 +106,25 @@ def check(args):
         d = common.latent_size(args)
         print(f"warning: --clip-range {args.clip_range} is meant for mean log-probs; with --logprob-reduce sum the same range is "
               + (f"{args.clip_range * d:g} (times the latent's {d} scalars)" if d else "that times the latent's size d"))  # fmt: skip
+
+
+def sizes(args) -> dict[str, str]:
+    """The lines of --dry-run."""
+    samples, train = args.num_prompts * args.group_size, args.train_steps
+    passes = 2 if args.cfg != 1 else 1
+    along = args.potential != "r2g" and args.objective not in GRADIENT and args.diff_reward == "rollout"
+    scored = samples * (1 + (min(train + 1, args.steps) if along else 0))
+    if args.diff_reward == "train":
+        scored += 2 * samples * train * args.inner_epochs
+    if args.objective in GRADIENT:
+        scored += samples * (args.steps + 1)
+    return {
+        "samples per epoch": f"{samples} = {args.num_prompts} prompts x {args.group_size}",
+        "network evaluations per epoch": f"{samples * args.steps * passes} in the rollout, {samples * train * passes} of the reference, {samples * train * args.inner_epochs * passes} with gradient",
+        "decodes and reward evaluations per epoch": f"{scored} images",
+        "transitions per epoch": f"{samples * train}, {samples * train // args.updates_per_epoch} per update",
+        "updates": f"{args.updates_per_epoch * args.inner_epochs} per epoch, {args.updates_per_epoch * args.inner_epochs * args.epochs} in all",
+    }
 
 
 # ---- method: pure functions of tensors ------------------------------------------------------------------------------
@@ -247,10 +237,8 @@ def main(args):
     torch.backends.cuda.enable_cudnn_sdp(not second_order)
     policy = common.Policy(args, run)
     params = common.add_lora(policy, args)
-    adam = dict(betas=(args.adam_beta1, args.adam_beta2), eps=args.adam_eps, weight_decay=args.weight_decay)
-    optimizer = torch.optim.AdamW(params, lr=args.lr, **adam)
     reward = rewards.load(args.reward, run.device, torch.float32, args.paths)
-    metrics_too = rewards.load(args.eval_rewards, run.device, torch.float32, args.eval_paths) if args.eval_rewards else None
+    more = rewards.load(args.eval_rewards, run.device, torch.float32, args.eval_paths) if args.eval_rewards else None
     if args.objective in GRADIENT and not reward.differentiable:
         raise common.UsageError(f"--objective {args.objective} needs a differentiable reward and {args.reward} is not one")
     grid = common.make_grid(policy.pipe.scheduler, policy.kind, args.steps, args.kernel, args.noise_level)
@@ -266,100 +254,34 @@ def main(args):
     if args.objective == "gradient-gfn":
         phi["residual"] = FieldNet(channels)
     phi.to(run.device)
-    phi_params = list(phi.parameters())
-    phi_optimizer = torch.optim.AdamW(phi_params, lr=args.mean_lr, **adam) if phi_params else None
-    common.broadcast([*params, *phi_params], run)
-    ema = common.EMA(params, args.ema_decay) if args.ema_decay else None
-    scaler = torch.amp.GradScaler(run.device.type, init_scale=1024.0) if run.dtype == torch.float16 else None
-    tolerance = args.ratio_tolerance
-    if tolerance is None:
-        tolerance = 1e-4 if run.dtype == torch.float32 else 1e-2
+    learned = [(list(phi.parameters()), args.mean_lr, args.mean_max_grad_norm)] if len(phi) else []
+    optimiser = common.Optimiser(args, run, params, *learned)
+    spread = ("log_w/mean", "log_r/mean", "potential/mean")
+    means = ["loss/total", "loss/theta", "loss/mean", "loss/kl", "kl/ref", *spread, "ratio/mean", "ratio/clip_frac"]
+    tops = ["ratio/max", "ratio/start_deviation"]
+    keys = [*means, *(key.replace("mean", "std") for key in spread), *tops, "grad/norm", "grad/norm_phi"]
+    recorder = common.Recorder(run, args, policy, optimiser, reward, more, rewards.RewardError, keys, {"phi": phi})
 
-    terms = [f"reward/{t.name}" for t in reward.terms]
-    scored = [t.name for r in (reward, metrics_too) if r for t in r.terms]
-    held = ["eval/reward", "eval/reward_se", *(f"eval/{name}" for name in scored)]
-    update_keys = ["loss/total", "loss/theta", "loss/mean", "loss/kl", "log_w/mean", "log_w/std", "log_r/mean", "log_r/std", "potential/mean", "potential/std", "kl/ref", "ratio/mean", "ratio/clip_frac"]  # fmt: skip
-    keys = ["reward/mean", "reward/std", *terms, *update_keys, "ratio/max", "ratio/start_deviation", "grad/norm", "grad/norm_phi", "grad/bad_steps", "calls/network", "time/rollout", "time/reward", "time/update", "mem/peak_gb", *held]  # fmt: skip
-    bad_steps = optimizer_steps = 0
-    if args.resume:
-        state = common.load(run.dir)
-        if state["epoch"] >= args.epochs:
-            raise common.UsageError(f"--resume {run.dir}: epoch {state['epoch']} of {args.epochs} is done; give a larger --epochs to go on")
-        for p, saved in zip(params, state["lora"], strict=True):
-            p.data.copy_(saved)
-        optimizer.load_state_dict(state["optimizer"])
-        phi.load_state_dict(state["phi"])
-        if phi_optimizer:
-            phi_optimizer.load_state_dict(state["phi_optimizer"])
-        if ema:
-            ema.shadow = [s.to(run.device) for s in state["ema"]]
-        if scaler:
-            scaler.load_state_dict(state["scaler"])
-        run.start_epoch, optimizer_steps, bad_steps = state["epoch"], state["optimizer_steps"], state["bad_steps"]
-    logger = common.Logger(run, args, keys)
-
-    def checkpoint(epoch):
-        state = dict(lora=[p.detach() for p in params], optimizer=optimizer.state_dict(), phi=phi.state_dict(),
-                     phi_optimizer=phi_optimizer.state_dict() if phi_optimizer else None, optimizer_steps=optimizer_steps,
-                     bad_steps=bad_steps, ema=ema.shadow if ema else None, scaler=scaler.state_dict() if scaler else None)  # fmt: skip
-        common.save(run, args, policy, epoch, state, ema)
-
-    def agree(problem, epoch, metrics=None):
-        """Stops all processes, after a checkpoint, where the reward failed in one of them."""
-        if common.all_reduce({"failed": float(problem is not None)}, run)["failed"]:
-            if metrics is not None:
-                logger.log(epoch, metrics)
-            if epoch > run.start_epoch:
-                checkpoint(epoch)
-            raise SystemExit(f"vmpo.py: stopped after epoch {epoch}: {problem or 'the reward failed in another process'}")
-
-    def evaluate(epoch):
-        """The held-out scores, or the failure of a reward: agree() on it outside of ema.applied()."""
-        try:
-            return common.evaluate(policy, args, run, reward, metrics_too, epoch), None
-        except rewards.RewardError as failure:
-            return {}, failure
-
-    if run.start_epoch == 0 and args.eval_images:
-        scores, problem = evaluate(0)
-        agree(problem, 0)
-        logger.log(0, scores)
-
-    progress = tqdm(range(run.start_epoch, args.epochs), desc="vmpo", disable=not run.is_main, initial=run.start_epoch, total=args.epochs)  # fmt: skip
-    for epoch in progress:
+    for epoch in recorder.epochs():
         # ---- 1 rollout ----------------------------------------------------------------------------------------------
-        clock = [time.time()]
-        calls = policy.network_calls
-        batch = common.prompt_batch(args.prompt_list, epoch, args.seed, args.num_prompts)
-        samples = args.num_prompts * args.group_size // run.world
-        first = run.rank * samples
-        prompts = [p for p in batch for _ in range(args.group_size)][first : first + samples]  # group-major
-        texts, extra = [p.text for p in prompts], [p.metadata for p in prompts]
-        cond = policy.encode(texts)
-        indices = range(first, first + samples)
-        noise = common.sample_noise(args.seed, epoch, indices, grid.steps, policy.latent_shape, run.device)
-        if args.shared_noise:
-            noise[:, 0] = noise[:: args.group_size, 0].repeat_interleave(args.group_size, 0)
-        path = common.rollout(policy, grid, cond, prompts, noise, args.cfg, args.micro_batch_size, steps, "rollout" if run.is_main else "")
+        recorder.phase()
+        batch = common.epoch_batch(policy, args, run, epoch)
+        path = common.rollout(policy, grid, batch.cond, batch.prompts, batch.noise, args.cfg, args.micro_batch_size, steps, "rollout" if run.is_main else "")
         text = path.cond.mean_embedding()
 
         # ---- 2 reward -----------------------------------------------------------------------------------------------
-        clock.append(time.time())
-        problem = grad_r = None
-        try:
+        recorder.phase()
+        grad_r = None
+        with recorder.scoring(epoch):
             with torch.no_grad():
-                final, parts = reward(policy.decode(path.x[:, -1]), texts, extra, chunk=args.reward_batch_size)
+                final, parts = reward(policy.decode(path.x[:, -1]), batch.texts, batch.metadata, chunk=args.reward_batch_size)
                 reward_t = final[:, None].expand(-1, grid.steps + 1).clone()  # (B, T+1); the last column is r(x_0)
                 if args.potential != "r2g" and args.diff_reward == "rollout" and args.objective not in GRADIENT:
-                    for i in range(steps[-1] + 2):
-                        if i < grid.steps:  # r(x0_hat(x_t)): the sampler's own prediction, one decode, one reward call
-                            x0_hat = grid.x0_hat(path.x[:, i], path.o_old[:, i], i)
-                            reward_t[:, i] = reward(policy.decode(x0_hat), texts, extra, chunk=args.reward_batch_size)[0]
+                    for i in range(min(steps[-1] + 2, grid.steps)):
+                        x0_hat = grid.x0_hat(path.x[:, i], path.o_old[:, i], i)  # the sampler's own prediction
+                        reward_t[:, i] = reward(policy.decode(x0_hat), batch.texts, batch.metadata, chunk=args.reward_batch_size)[0]
             if args.objective in GRADIENT:
-                grad_r = reward_gradients(policy, reward, grid, path, texts, extra, args)
-        except rewards.RewardError as failure:
-            problem = failure
-        agree(problem, epoch)
+                grad_r = reward_gradients(policy, reward, grid, path, batch.texts, batch.metadata, args)
 
         # ---- 3 potential --------------------------------------------------------------------------------------------
         beta = args.beta / min(1.0, (epoch + 1) / max(1, args.beta_warmup_epochs))
@@ -379,13 +301,11 @@ def main(args):
             if args.mean == "group":
                 baseline = log_w_old.view(-1, args.group_size, len(steps)).mean(1).repeat_interleave(args.group_size, 0)
             else:
-                baseline = common.gather(log_w_old, run).mean(0).expand(samples, -1)
+                baseline = common.gather(log_w_old, run).mean(0).expand(len(log_w_old), -1)
 
         # ---- 4 update -----------------------------------------------------------------------------------------------
-        clock.append(time.time())
-        total = dict.fromkeys([*update_keys, "_log_w2", "_log_r2", "_u2", "_count"], 0.0)
-        extremes = {"ratio/max": 0.0, "ratio/start_deviation": 0.0}
-        norms, phi_norms, checked = [], [], False
+        recorder.phase()
+        stats, norms, checked = common.Stats(means, tops), [], False
         column = torch.full((grid.steps,), -1)
         column[steps] = torch.arange(len(steps))
         rows_per_update = args.num_prompts * args.group_size * len(steps) / args.updates_per_epoch
@@ -404,11 +324,12 @@ def main(args):
                     log_r = common.log_ratio(w * (o_ref - o), z, args.logprob_reduce)
                     log_p = common.log_ratio(moved, z_old, args.logprob_reduce)  # log p_theta - log p_old
                     if inner == update == 0 and not checked:
-                        extremes["ratio/start_deviation"], checked = check_start(moved, z_old, tolerance, epoch), True
+                        stats.top("ratio/start_deviation", common.check_start(moved, z_old, args, run, epoch))
+                        checked = True
                     if args.potential == "learned" and args.objective not in GRADIENT:
                         u = learned_potential(phi["potential"], path, grid, reward_t, n, i, beta)
                     elif args.diff_reward == "train":
-                        u = fresh_potential(policy, reward, grid, path, final, n, i, o, prompts, beta, args)
+                        u = fresh_potential(policy, reward, grid, path, final, n, i, o, batch.prompts, beta, args)
                     else:
                         u = potential[n, column[i]]
                     log_w = log_weights(log_r, u)
@@ -438,80 +359,26 @@ def main(args):
                     if args.kl_denom == "g2":
                         kl = kl * grid.dt[i].to(kl)
                     row = loss + args.mean_coef * loss_mean + args.kl_coef * kl
-                    objective = row.sum() / rows_per_update
-                    (scaler.scale(objective) if scaler else objective).backward()
-                    with torch.no_grad():
-                        ratio = log_p.exp()
-                        sums = {
-                            "loss/total": row, "loss/theta": loss, "loss/mean": loss_mean, "loss/kl": kl, "kl/ref": kl_ref,
-                            "log_w/mean": log_w, "log_r/mean": log_r, "potential/mean": u, "_log_w2": log_w.double() ** 2,
-                            "_log_r2": log_r.double() ** 2, "_u2": u.double() ** 2, "_count": torch.ones_like(ratio),
-                            "ratio/mean": ratio, "ratio/clip_frac": ((ratio - 1).abs() > args.clip_range).double(),
-                        }  # fmt: skip
-                        for key, value in sums.items():
-                            total[key] = total[key] + value.double().sum()
-                        extremes["ratio/max"] = max(extremes["ratio/max"], ratio.max().item())
+                    optimiser.backward(row.sum() / rows_per_update)
+                    ratio = log_p.exp()
+                    stats.add({
+                        "loss/total": row, "loss/theta": loss, "loss/mean": loss_mean, "loss/kl": kl, "kl/ref": kl_ref,
+                        "log_w/mean": log_w, "log_r/mean": log_r, "potential/mean": u, "ratio/mean": ratio,
+                        "ratio/clip_frac": ((ratio - 1).abs() > args.clip_range).float(),
+                    })  # fmt: skip
+                    stats.top("ratio/max", ratio.max().item())
                     bar.update(len(n))
                 bar.close()
-                # 4d: all-reduce, clip, AdamW on theta and on phi
-                norm, taken = common.optimizer_step(optimizer, params, args.max_grad_norm, run, scaler)
-                norms.append(norm)
-                if phi_optimizer:
-                    norm, fine = common.optimizer_step(phi_optimizer, phi_params, args.mean_max_grad_norm, run, scaler)
-                    phi_norms.append(norm)
-                    taken &= fine
-                if scaler:
-                    scaler.update()
-                optimizer_steps += 1
-                bad_steps = 0 if taken else bad_steps + 1
-                if bad_steps > args.max_bad_steps:
-                    raise SystemExit(f"vmpo.py: stopped in epoch {epoch + 1}: {bad_steps} updates in a row had a NaN or infinite gradient; the last checkpoint is intact; try a smaller --lr or a larger --beta")
-                if ema and taken and optimizer_steps % args.ema_every == 0:
-                    ema.update()
+                norms.append(optimiser.step())  # 4d: all-reduce, clip, AdamW on theta and on phi
 
         # ---- 5 log, samples, checkpoint, eval -----------------------------------------------------------------------
-        clock.append(time.time())
-        total = common.all_reduce({key: float(value) for key, value in total.items()}, run)
-        extremes = common.all_reduce(extremes, run, "MAX")
-        count = max(1.0, total["_count"])
-        metrics = {key: total[key] / count for key in update_keys if not key.endswith("/std")}
-        for key, name in (("_log_w2", "log_w"), ("_log_r2", "log_r"), ("_u2", "potential")):
-            metrics[f"{name}/std"] = max(0.0, total[key] / count - metrics[f"{name}/mean"] ** 2) ** 0.5
-        every = common.gather(final, run)
-        metrics |= {"reward/mean": every.mean().item(), "reward/std": every.std().item() if len(every) > 1 else 0.0}
-        metrics |= {f"reward/{name}": common.gather(value, run).mean().item() for name, value in parts.items()}
-        metrics |= extremes | {"grad/norm": sum(norms) / len(norms), "grad/bad_steps": bad_steps, "calls/network": policy.network_calls - calls}  # fmt: skip
-        if phi_norms:
-            metrics["grad/norm_phi"] = sum(phi_norms) / len(phi_norms)
-        metrics |= {f"time/{name}": clock[j + 1] - clock[j] for j, name in enumerate(("rollout", "reward", "update"))}
-        if run.device.type == "cuda":
-            metrics["mem/peak_gb"] = torch.cuda.max_memory_allocated() / 2**30
-        last = epoch + 1 == args.epochs
-        with ema.applied() if ema else nullcontext():
-            if args.eval_images and (last or args.eval_every and (epoch + 1) % args.eval_every == 0):
-                scores, problem = evaluate(epoch + 1)
-                metrics |= scores
-            if args.sample_every and (epoch + 1) % args.sample_every == 0:
-                common.sample_grid(policy, args, run, epoch + 1)
-        agree(problem, epoch + 1, metrics)  # the policy's own weights are back: they are what a checkpoint keeps
-        logger.log(epoch + 1, metrics)
-        progress.set_postfix(reward=f"{metrics['reward/mean']:.3f}", kl=f"{metrics['kl/ref']:.1e}")
-        if last or args.save_every and (epoch + 1) % args.save_every == 0:
-            checkpoint(epoch + 1)  # after the log: a resumed run drops the rows that came after its checkpoint
-    with ema.applied() if ema else nullcontext():
-        common.finish(run, args, policy, logger)
-    logger.close()
+        norm = torch.tensor(norms).mean(0).tolist()
+        metrics = stats.result(run, std=spread) | dict(zip(("grad/norm", "grad/norm_phi"), norm))
+        recorder.end_epoch(epoch, final, parts, metrics)
+    recorder.finish()
 
 
 # ---- pieces of the update that need the networks --------------------------------------------------------------------
-def check_start(moved, z_old, tolerance: float, epoch: int) -> float:
-    """The first micro-batch after a rollout repeats the rollout's network calls: log ratio and KL must be 0 there."""
-    deviation = common.log_ratio(moved, z_old, "mean").abs().max().item()
-    if not deviation <= tolerance:
-        raise SystemExit(f"vmpo.py: stopped in epoch {epoch + 1}: right after the rollout |log p_theta - log p_old| is {deviation:.1e}, expected below {tolerance:.0e}; the rollout's and the update's passes differ: use --dtype float32 or float16, or accept it with --ratio-tolerance")  # fmt: skip
-    return deviation
-
-
 def learned_potential(net, path, grid, reward_t, n, i, beta):
     """Diff with r_t replaced by F_phi(x_t, t) r_t, F_phi = 1 + nu_t net, so that F_phi = 1 at the data.  Eq. 45."""
     device = path.x.device
@@ -576,24 +443,6 @@ def match_gradients(policy, grid, path, grad_r, phi, n, i, x_t, o, z, w, beta, a
     loss = loss + args.backward_coef * gradient_loss(-grad_r[n, i], back_ref, back, beta, -g_t)
     terminal = phi["residual"](path.x[n, -1], torch.zeros(len(n), device=o.device))
     return loss + (terminal**2).flatten(1).mean(1)
-
-
-def print_sizes(args):
-    samples, train = args.num_prompts * args.group_size, args.train_steps
-    passes = 2 if args.cfg != 1 else 1
-    along = args.potential != "r2g" and args.objective not in GRADIENT and args.diff_reward == "rollout"
-    scored = samples * (1 + (min(train + 1, args.steps) if along else 0))
-    if args.diff_reward == "train":
-        scored += 2 * samples * train * args.inner_epochs
-    if args.objective in GRADIENT:
-        scored += samples * (args.steps + 1)
-    common.print_sizes(args, {
-        "samples per epoch": f"{samples} = {args.num_prompts} prompts x {args.group_size}",
-        "network evaluations per epoch": f"{samples * args.steps * passes} in the rollout, {samples * train * passes} of the reference, {samples * train * args.inner_epochs * passes} with gradient",
-        "decodes and reward evaluations per epoch": f"{scored} images",
-        "transitions per epoch": f"{samples * train}, {samples * train // args.updates_per_epoch} per update",
-        "updates": f"{args.updates_per_epoch * args.inner_epochs} per epoch, {args.updates_per_epoch * args.inner_epochs * args.epochs} in all",
-    })  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ def metrics(run, drop=("time/", "calls/")):
 
 
 def lora(run):
-    return torch.load(Path(run) / "checkpoints" / "last" / "state.pt", weights_only=True)["lora"]
+    return torch.load(Path(run) / "checkpoints" / "last" / "state.pt", weights_only=True)["theta"]["lora"]
 
 
 def close(a, b, rtol=1e-3, atol=1e-5):
