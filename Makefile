@@ -3,7 +3,7 @@
 PYTHON ?= python3
 BIN = .venv/bin
 
-.PHONY: demo test lint
+.PHONY: demo test lint reference
 
 demo: .venv/installed
 	$(BIN)/python vmpo.py --preset tiny-sd15
@@ -18,4 +18,18 @@ lint: .venv/installed
 .venv/installed: requirements.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --disable-pip-version-check -q -r requirements.txt
+	touch $@
+
+# The reference implementations in an environment of their own: rewrites tests/golden where their results changed and
+# prints how far rewards.py is from them (docs/parity.md).  FULL=1: also the published sizes; 10 GB memory, 6 GB disk.
+WORK = .venv-reference/work
+reference: .venv/installed .venv-reference/installed
+	HF_HUB_OFFLINE=1 .venv-reference/bin/python tests/reference/oracle.py --folder $(WORK) $(if $(FULL),--full)
+	HF_HUB_OFFLINE=1 PYTHONPATH=.:tests $(BIN)/python -m reference.parity --folder $(WORK) $(if $(FULL),--full)
+	$(BIN)/python -m pytest tests/test_golden.py
+	rm -rf $(WORK)
+
+.venv-reference/installed: tests/reference/requirements.txt
+	$(PYTHON) -m venv .venv-reference
+	.venv-reference/bin/python -m pip install --disable-pip-version-check -q -r tests/reference/requirements.txt
 	touch $@

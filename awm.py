@@ -59,8 +59,8 @@ PRESETS = {
     "nft-ocr": NFT | dict(nft_beta=0.1, lag_decay_max=0.999, lag_decay_slope=0.0075, lag_decay_start=75),
     "nft-geneval": NFT | GENEVAL,
     # the embedded models: coloured shapes on a CPU (ours; docs/awm.md)
-    "tiny": TINY | dict(model="tiny-sd35", lr=4e-4, epochs=200),
-    "tiny-sd15": TINY | dict(model="tiny-sd15", lr=4e-4, epochs=200),
+    "tiny": TINY | dict(model="tiny-sd35", lr=4e-4, epochs=100),
+    "tiny-sd15": TINY | dict(model="tiny-sd15", lr=1e-3, epochs=80),
 }
 
 

@@ -661,6 +661,27 @@ def add_lora(policy: Policy, args) -> list[nn.Parameter]:
     return params
 
 
+def sinusoid(t: torch.Tensor, width: int = 256) -> torch.Tensor:
+    frequency = torch.exp(-math.log(1e4) * torch.arange(width // 2, device=t.device) / (width // 2))
+    angle = 1000 * t.float()[:, None] * frequency
+    return torch.cat([angle.cos(), angle.sin()], 1)
+
+
+class FieldNet(nn.Module):
+    """A small convolutional field (x, t) -> (B, C, h, w), 0 at the start: residual gradient and value networks."""
+
+    def __init__(self, channels: int, width: int = 64):
+        super().__init__()
+        self.time = nn.Linear(256, width)
+        self.first, self.middle = nn.Conv2d(channels, width, 3, padding=1), nn.Conv2d(width, width, 3, padding=1)
+        self.last = nn.Conv2d(width, channels, 3, padding=1)
+        nn.init.zeros_(self.last.weight), nn.init.zeros_(self.last.bias)
+
+    def forward(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        h = nn.functional.silu(self.first(x) + self.time(sinusoid(t))[..., None, None])
+        return self.last(nn.functional.silu(self.middle(h)))
+
+
 # ---- prompts --------------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Prompt:

@@ -26,8 +26,6 @@ Run:   python vmpo.py --preset tiny                       # embedded model, CPU,
 Port:  copy diff_potential(), log_weights() and vmpo_loss(): tensors in, tensors out.  Details: docs/vmpo.md.
 """
 
-import math
-
 import torch
 from torch import nn
 from tqdm import tqdm
@@ -189,12 +187,6 @@ def gradient_loss(grad_reward, grad_logp_ref, grad_logp, beta: float, residual=0
     return (error**2).flatten(1).mean(1)
 
 
-def sinusoid(t: torch.Tensor, width: int = 256) -> torch.Tensor:
-    frequency = torch.exp(-math.log(1e4) * torch.arange(width // 2, device=t.device) / (width // 2))
-    angle = 1000 * t.float()[:, None] * frequency
-    return torch.cat([angle.cos(), angle.sin()], 1)
-
-
 class MeanNet(nn.Module):
     """M_phi(t) or M_phi(t, c) of Eq. 7/8, float32, 0 at the start.  ours: the paper gives no architecture."""
 
@@ -207,25 +199,10 @@ class MeanNet(nn.Module):
 
     def forward(self, t: torch.Tensor, text: torch.Tensor | None = None) -> torch.Tensor:
         """t (B,) in [0, 1], text (B, D) mean prompt embedding -> (B,)."""
-        h = self.time(sinusoid(t))
+        h = self.time(common.sinusoid(t))
         if self.text is not None:
             h = torch.cat([h, self.text(text)], 1)
         return self.head(h)[:, 0]
-
-
-class FieldNet(nn.Module):
-    """A small convolutional field (B, C, h, w) -> same, 0 at the start: G_phi of Eq. 54/55; its mean is F_phi's net."""
-
-    def __init__(self, channels: int, width: int = 64):
-        super().__init__()
-        self.time = nn.Linear(256, width)
-        self.first, self.middle = nn.Conv2d(channels, width, 3, padding=1), nn.Conv2d(width, width, 3, padding=1)
-        self.last = nn.Conv2d(width, channels, 3, padding=1)
-        nn.init.zeros_(self.last.weight), nn.init.zeros_(self.last.bias)
-
-    def forward(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        h = nn.functional.silu(self.first(x) + self.time(sinusoid(t))[..., None, None])
-        return self.last(nn.functional.silu(self.middle(h)))
 
 
 def main(args):
@@ -250,9 +227,9 @@ def main(args):
     if args.mean in ("time", "time_prompt") and args.objective == "vmpo":
         phi["mean"] = MeanNet(text_dim)
     if args.potential == "learned" and args.objective not in GRADIENT:
-        phi["potential"] = FieldNet(channels)
+        phi["potential"] = common.FieldNet(channels)
     if args.objective == "gradient-gfn":
-        phi["residual"] = FieldNet(channels)
+        phi["residual"] = common.FieldNet(channels)
     phi.to(run.device)
     learned = [(list(phi.parameters()), args.mean_lr, args.mean_max_grad_norm)] if len(phi) else []
     optimiser = common.Optimiser(args, run, params, *learned)

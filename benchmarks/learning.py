@@ -2,12 +2,14 @@
 
     python benchmarks/learning.py --seeds 0 1 2 --jobs 2                 # everything, two runs at a time
     python benchmarks/learning.py --only vmpo-diff --epochs 50 --out /tmp/trial
+    python benchmarks/learning.py --only grpo awm --time                 # seconds per epoch, one run at a time
 
-Each run is a plain command (printed, and kept in the results); finished runs are not repeated.  Writes
-results/learning.json and prints the table of docs/vmpo.md.
+Each run is a plain command (printed, and kept in the results); finished runs are not repeated and interrupted ones go
+on.  Results are added to results/learning.json; prints the tables of docs/ and draws results/learning_PRESET.png.
 """
 
 import argparse
+import csv
 import json
 import os
 import platform
@@ -18,12 +20,21 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-VARIANTS = {
-    "vmpo-r2g-group": "vmpo.py --potential r2g --mean group",
-    "vmpo-r2g-amortised": "vmpo.py --potential r2g --mean time_prompt",
-    "vmpo-diff": "vmpo.py --potential diff --mean group",
+RELEASE = "--weight ghuber --train-timesteps 6 --train-fraction 0.9 --skip-first --adv-norm global --adv-scale 5 --clip-range 1 --ratio exp-each --offpolicy none --updates-per-epoch 1 --beta 0.003 --lag-coef 1 --sampler SASolverScheduler"
+VARIANTS = {  # name: command; flags of one preset only; epochs by preset (None: the preset's own)
+    "vmpo-r2g-group": ("vmpo.py --potential r2g --mean group", {}, None),
+    "vmpo-r2g-amortised": ("vmpo.py --potential r2g --mean time_prompt", {}, None),
+    "vmpo-diff": ("vmpo.py --potential diff --mean group", {}, None),
+    "grpo": ("grpo.py", {}, (100, 80)),
+    "dr-grpo": ("grpo.py --adv-norm none --beta 0.0125", {}, (100, 80)),
+    "guard": ("grpo.py --loss guard", {"tiny": "--beta 0.5", "tiny-sd15": "--beta 0.3"}, (100, 80)),
+    "pcpo": ("grpo.py --loss pcpo", {"tiny-sd15": "--pcpo-weights loss-only"}, (100, 80)),
+    "awm": ("awm.py", {}, (100, 80)),
+    "awm-release": (f"awm.py {RELEASE}", {}, (100, 80)),
+    "nft": ("awm.py --objective nft --offpolicy lagged --updates-per-epoch 1 --adv-norm global --beta 1e-4 --lag-decay-max 0.5", {}, (100, 80)),
 }
 PRESETS = ("tiny", "tiny-sd15")
+IMAGES = 64  # per epoch, in both presets
 
 
 def parse_args():
@@ -32,42 +43,87 @@ def parse_args():
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
     parser.add_argument("--only", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--presets", nargs="+", choices=PRESETS, default=list(PRESETS))
-    parser.add_argument("--epochs", type=int, help="instead of the preset's")
+    parser.add_argument("--epochs", type=int, help="instead of the variant's")
+    parser.add_argument("--time", action="store_true", help="6 epochs of every variant alone: seconds per epoch (median of the last 4)")
+    parser.add_argument("--report", action="store_true", help="tables and figures of the results there are, no runs")
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "learning", help="where the run folders go")
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results" / "learning.json")
     return parser.parse_args()
 
 
+def flags_of(preset, variant, epochs):
+    command, extra, own = VARIANTS[variant]
+    script, *flags = f"{command} {extra.get(preset, '')}".split()
+    epochs = epochs or (own and own[PRESETS.index(preset)])
+    return script, ["--preset", preset, *flags, *(["--epochs", str(epochs)] if epochs else [])]
+
+
+def start(command):
+    print(" ".join(["python", *command[1:]]), flush=True)
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr[-3000:]}")
+
+
+def rows_of(folder):
+    with (folder / "metrics.csv").open(newline="") as f:
+        return list(csv.DictReader(f))
+
+
 def run(args, preset, variant, seed):
-    script, *flags = VARIANTS[variant].split()
+    script, flags = flags_of(preset, variant, args.epochs)
     name = f"{preset}_{variant}_s{seed}"
-    command = [sys.executable, script, "--preset", preset, *flags, "--seed", str(seed)]
-    command += ["--runs", str(args.out), "--name", name, "--sample-every", "0", "--eval-every", "50"]
-    if args.epochs:
-        command += ["--epochs", str(args.epochs)]
+    command = [sys.executable, script, *flags, "--seed", str(seed)]
+    command += ["--runs", str(args.out), "--name", name, "--sample-every", "0", "--eval-every", "20"]
     summary = args.out / name / "summary.json"
     if (args.out / name / "checkpoints" / "last").exists():
         command = [sys.executable, script, "--resume", str(args.out / name)]  # an interrupted run goes on
     elif (args.out / name).exists():
         shutil.rmtree(args.out / name)
     if not summary.exists():
-        print(" ".join(["python", *command[1:]]), flush=True)
-        env = os.environ | {"OMP_NUM_THREADS": "1"}
-        done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
-        if done.returncode:
-            raise SystemExit(f"{name} failed:\n{done.stderr[-3000:]}")
+        start(command)
     result = json.loads(summary.read_text())
-    shown = ["python", script, "--preset", preset, *flags, "--seed", str(seed)]
-    if args.epochs:
-        shown += ["--epochs", str(args.epochs)]
-    return {"preset": preset, "variant": variant, **result, "command": " ".join(shown)}
+    curve = [[int(r["epoch"]), float(r["eval/reward"])] for r in rows_of(args.out / name) if r["eval/reward"]]
+    shown = ["python", script, *flags, "--seed", str(seed)]
+    return {"preset": preset, "variant": variant, **result, "command": " ".join(shown), "curve": curve}
 
 
-def table(rows):
+def seconds_per_epoch(args, preset, variant):
+    """Median of the last 4 of 6 epochs' rollout + reward + update, on an otherwise idle machine."""
+    script, flags = flags_of(preset, variant, 6)
+    name = f"time_{preset}_{variant}"
+    shutil.rmtree(args.out / name, ignore_errors=True)
+    start([sys.executable, script, *flags, "--runs", str(args.out), "--name", name, "--sample-every", "0", "--eval-images", "0"])
+    spent = sorted(sum(float(r[f"time/{k}"]) for k in ("rollout", "reward", "update")) for r in rows_of(args.out / name)[-4:])
+    return (spent[1] + spent[2]) / 2
+
+
+def mean_curve(runs):
+    """[(epoch, mean reward over the seeds, standard error over the seeds)]."""
+    points = []
+    for epoch in sorted(set.intersection(*({e for e, _ in r["curve"]} for r in runs))):
+        values = [v for r in runs for e, v in r["curve"] if e == epoch]
+        mean = sum(values) / len(values)
+        spread = (sum((v - mean) ** 2 for v in values) / max(1, len(values) - 1)) ** 0.5
+        points.append((epoch, mean, spread / len(values) ** 0.5))
+    return points
+
+
+def epochs_to_reach(points, level):
+    """First epoch at which the mean curve, interpolated linearly, is at `level`; None if it is never."""
+    for (e0, v0, _), (e1, v1, _) in zip(points, points[1:]):
+        if v1 >= level > v0 or v0 >= level:
+            return e0 if v0 >= level else e0 + (e1 - e0) * (level - v0) / (v1 - v0)
+    return None
+
+
+def table(rows, seconds):
     """One line per preset and variant: means over seeds, and the gain's standard error over images and seeds."""
-    print("| preset | variant | seeds | reward before | after | gain | strict before | after | gain | s per run |")
-    print("|---|---|---|---|---|---|---|---|---|---|")
+    print("| preset | variant | seeds | epochs | reward before | after | gain | strict before | after | gain | s per epoch | epochs (s) to GRPO's final reward |")
+    print("|---|---|---|---|---|---|---|---|---|---|---|---|")
     for preset in PRESETS:
+        grpo = [r for r in rows if r["preset"] == preset and r["variant"] == "grpo" and r.get("curve")]
+        goal = mean_curve(grpo)[-1][1] if grpo else None
         for variant in VARIANTS:
             runs = [r for r in rows if r["preset"] == preset and r["variant"] == variant]
             if not runs:
@@ -78,19 +134,62 @@ def table(rows):
                 error = sum(r["gain_se"][key] ** 2 for r in runs) ** 0.5 / n
                 each = ", ".join(f"{r['gain'][key]:+.3f}" for r in runs)
                 cells.append(f"{before:.3f} | {after:.3f} | **{gain:+.3f}** ± {error:.3f} ({each})")
-            seconds = sum(r["seconds"] for r in runs) / n
-            print(f"| {preset} | `{variant}` | {n} | {cells[0]} | {cells[1]} | {seconds:.0f} |")
+            cost = seconds.get(f"{preset} {variant}")
+            reached = epochs_to_reach(mean_curve(runs), goal) if goal and all(r.get("curve") for r in runs) else None
+            when = "" if reached is None else f"{reached:.0f}" + (f" ({reached * cost:.0f})" if cost else "")
+            print(f"| {preset} | `{variant}` | {n} | {runs[0]['epochs']} | {cells[0]} | {cells[1]} | {f'{cost:.2f}' if cost else ''} | {when} |")
+
+
+def figure(rows, seconds, preset, path):
+    """Held-out reward against images and against seconds of an idle core, mean and standard error over the seeds."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    panels, axes = pyplot.subplots(1, 2, figsize=(13, 5), sharey=True)
+    for number, variant in enumerate(VARIANTS):
+        runs = [r for r in rows if r["preset"] == preset and r["variant"] == variant and r.get("curve")]
+        if not runs:
+            continue
+        epochs, means, errors = zip(*mean_curve(runs))
+        style = dict(color=pyplot.cm.tab10(number), marker="osvD^<>Pxh"[number], markersize=4, capsize=2, label=f"{variant} ({len(runs)})")
+        axes[0].errorbar([e * IMAGES for e in epochs], means, errors, **style)
+        if cost := seconds.get(f"{preset} {variant}"):
+            axes[1].errorbar([e * cost for e in epochs], means, errors, **style)
+    axes[0].set(xlabel="images sampled", ylabel="held-out reward (shapes), 256 images", title=f"{preset}: equal images")
+    axes[1].set(xlabel="seconds on one idle core", title="equal time")
+    for axis in axes:
+        axis.grid(alpha=0.3)
+    axes[0].legend(fontsize=8, title="variant (seeds)")
+    panels.tight_layout()
+    panels.savefig(path, dpi=100)
+    pyplot.close(panels)
 
 
 def main():
     args = parse_args()
-    jobs = [(p, v, s) for p in args.presets for v in args.only for s in args.seeds]
-    with ThreadPoolExecutor(args.jobs) as pool:
-        rows = list(pool.map(lambda job: run(args, *job), jobs))
-    machine = f"{platform.machine()}, {os.cpu_count()} cores, one thread per run, {args.jobs} runs at a time"
+    known = json.loads(args.results.read_text()) if args.results.exists() else {"runs": []}
+    seconds = known.get("seconds_per_epoch", {})
+    fresh = []
+    if args.time:
+        for preset in args.presets:
+            for variant in args.only:
+                seconds[f"{preset} {variant}"] = round(seconds_per_epoch(args, preset, variant), 3)
+    elif not args.report:
+        jobs = [(p, v, s) for s in args.seeds for p in args.presets for v in args.only]
+        with ThreadPoolExecutor(args.jobs) as pool:
+            fresh = list(pool.map(lambda job: run(args, *job), jobs))
+    taken = {(r["preset"], r["variant"], r["seed"]) for r in fresh}
+    rows = fresh + [r for r in known["runs"] if (r["preset"], r["variant"], r["seed"]) not in taken]
+    rows.sort(key=lambda r: (PRESETS.index(r["preset"]), list(VARIANTS).index(r["variant"]), r["seed"]))
+    machine = f"{platform.machine()}, {os.cpu_count()} cores, one thread per run"
     args.results.parent.mkdir(parents=True, exist_ok=True)
-    args.results.write_text(json.dumps({"machine": machine, "runs": rows}, indent=1) + "\n")
-    table(rows)
+    args.results.write_text(json.dumps({"machine": machine, "seconds_per_epoch": seconds, "runs": rows}, indent=1) + "\n")
+    table(rows, seconds)
+    for preset in PRESETS:
+        if any(r["preset"] == preset and r.get("curve") for r in rows):
+            figure(rows, seconds, preset, args.results.parent / f"learning_{preset}.png")
 
 
 if __name__ == "__main__":

@@ -164,7 +164,7 @@ def test_eq8_split_keeps_the_gradients_apart_and_adds_up_to_eq8():
 def test_networks_start_at_zero(text_dim):
     text = torch.randn(5, text_dim) if text_dim else None
     assert (vmpo.MeanNet(text_dim)(torch.rand(5), text) == 0).all()
-    assert (vmpo.FieldNet(4)(torch.randn(5, 4, 8, 8), torch.rand(5)) == 0).all()
+    assert (common.FieldNet(4)(torch.randn(5, 4, 8, 8), torch.rand(5)) == 0).all()
 
 
 def test_mean_net_can_fit_time_and_prompt():
