@@ -1,4 +1,4 @@
-"""Tests run without a network, on two threads, from any folder."""
+"""Tests run without a network, on one thread, from any folder."""
 
 import os
 import sys
@@ -7,5 +7,5 @@ from pathlib import Path
 import torch
 
 os.environ["HF_HUB_OFFLINE"] = "1"
-torch.set_num_threads(2)
+torch.set_num_threads(1)
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))

@@ -1,8 +1,15 @@
-"""eval.py: arithmetic by hand, same noise with and without LoRA, diffusers' pipeline as oracle, bad input, files."""
+"""eval.py: arithmetic by hand, same noise with and without LoRA, diffusers' pipeline as oracle, kill and continue,
+tags, diversity, the panel, bad input, files.  The gallery in a browser: test_eval_gallery.py.
+"""
 
 import copy
+import csv
 import json
 import math
+import os
+import random
+import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -16,7 +23,7 @@ import common
 import eval as evaluation
 import rewards
 
-TINY = ["--preset", "tiny", "--steps", "3", "--device", "cpu"]
+TINY = ["--preset", "tiny", "--steps", "3", "--device", "cpu", "--diversity", "none", "--gallery-mb", "0"]
 PROMPTS = ["a red circle", "two blue squares", "a green triangle above a red square"]
 PROBE = "test_eval:probe"
 
@@ -29,6 +36,15 @@ def probe(images, prompts, metadata=None):
 
 def broken(images, prompts, metadata):
     return torch.full((len(prompts),), math.nan)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """The pictures are tiny: a second thread mostly waits for the first, above all on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -103,6 +119,45 @@ def test_paired_difference():
     ]
 
 
+def test_repeated_prompts_are_one_sample():
+    """Five copies of each prompt have the error of the prompts, not of the lines; unequal numbers by hand."""
+    values = torch.randn(7, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    once = evaluation.mean_and_error(values)
+    noise = torch.randn(7, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    lines = values[:, None] + noise - noise.mean(1, keepdim=True)
+    assert evaluation.mean_and_error(lines.flatten(), [i // 5 for i in range(35)]) == pytest.approx(once)
+    assert evaluation.mean_and_error(values, list("abcdefg")) == pytest.approx(once)
+    # a, a, b: 1, 3, 8: mean 4; offs -1, -3 | 4 summed per prompt -4, 4; sqrt(2 (16 + 16)) / 3
+    assert evaluation.mean_and_error(tensor([1.0, 3.0, 8.0]), ["a", "a", "b"]) == pytest.approx((4.0, 8 / 3))
+    assert evaluation.mean_and_error(tensor([1.0, 3.0]), ["a", "a"]) == (2.0, None)
+
+
+def test_mean_over_tags():
+    """Tag x: prompt means 0, 1; tag y: 1, 1, 1, 0.  The mean of 0.5 and 0.75, not of the six; the errors add up."""
+    base = tensor([[0.0], [1.0], [1.0], [1.0], [1.0], [0.0]], dtype=torch.float64)
+    scores, tags = {"base": {"geneval": base}, "L": {"geneval": torch.ones_like(base)}}, list("xxyyyy")
+    by_tag = evaluation.summarise_tags(scores, tags, list(range(6)))
+    assert by_tag["x"]["base"]["geneval"]["mean"] == 0.5 and by_tag["y"]["base"]["geneval"]["mean"] == 0.75
+    found = evaluation.mean_over_tags(by_tag, "base", "geneval")
+    assert found == {"mean": 0.625, "se": pytest.approx(math.sqrt(0.5**2 + 0.25**2) / 2)}
+    found = evaluation.mean_over_tags(by_tag, "L", "geneval")
+    assert found["difference"] == 0.375 and found["difference_se"] == pytest.approx(math.sqrt(0.5**2 + 0.25**2) / 2)
+    summary = {model: {"geneval": evaluation.mean_over_tags(by_tag, model, "geneval")} for model in scores}
+    text = evaluation.tables(summary, by_tag)
+    assert "geneval by tag:" in text and "| overall " in text and text.count("0.6250 ± 0.2795") == 2
+
+
+def test_geneval_overall_is_the_official_score():
+    choose = random.Random(0)
+    tags = [t for t, n in zip(rewards.GENEVAL_TAGS, (3, 4, 5, 2, 6, 3)) for _ in range(n)]
+    values = tensor([[float(choose.random() < 0.6) for _ in range(4)] for _ in tags], dtype=torch.float64)
+    by_tag = evaluation.summarise_tags({"base": {"geneval": values}}, tags, list(range(len(tags))))
+    want = rewards.geneval_score(values.flatten().tolist(), [t for t in tags for _ in range(4)])
+    assert evaluation.mean_over_tags(by_tag, "base", "geneval")["mean"] == pytest.approx(want["overall"])
+    for tag in rewards.GENEVAL_TAGS:
+        assert by_tag[tag]["base"]["geneval"]["mean"] == pytest.approx(want[tag])
+
+
 def test_one_prompt_has_no_error():
     summary = evaluation.summarise({"base": {"r": tensor([[1.0, 2.0]])}, "L": {"r": tensor([[3.0, 4.0]])}})
     assert summary["base"]["r"] == {"mean": 1.5, "se": None}
@@ -126,6 +181,7 @@ def test_against_the_pipeline(world, prompts, tmp_path, preset, lora):
 
     root, policies = world
     argv = ["--preset", preset, "--prompts", prompts, "--rewards", PROBE, "--images-per-prompt", 1, "--cfg", 2]
+    argv += ["--diversity", "none"]
     found = main(*argv, "--lora", root / lora, "--out", tmp_path, "--num-prompts", 2, "--grid-prompts", 2)
     args = evaluation.parse_args([*map(str, argv), "--steps", "3", "--out", str(tmp_path / "other")])
     if preset == "tiny":
@@ -172,7 +228,9 @@ def test_seed_and_stochastic_kernel(prompts, result, tmp_path):
 def test_files(result, world):
     out, found = result
     root, _ = world
-    assert sorted(p.name for p in out.iterdir()) == ["grid.png", "results.json", "results.md"]  # no temporary files
+    names = ["grid.png", "images", "results.json", "results.md", "scores.jsonl"]
+    assert sorted(p.name for p in out.iterdir()) == names  # no temporary files
+    assert sum(p.is_file() for p in out.rglob("images/**/*")) == 18 == len(list(out.rglob("*.png"))) - 1
     assert list(found["summary"]) == ["base", "strong", "zero/epoch_0001"]
     assert list(found["summary"]["base"]) == [PROBE, "shapes", "shapes-strict"]
     assert found["loras"]["strong"] == str(root / "strong" / "checkpoints" / "epoch_0002" / evaluation.LORA_FILE)
@@ -185,17 +243,275 @@ def test_files(result, world):
             assert [p["mean"][model][name] for p in found["per_prompt"]] == pytest.approx(per_prompt.tolist())
             assert entry["mean"] == pytest.approx(per_prompt.mean().item())
             assert entry["se"] == pytest.approx(per_prompt.std().item() / math.sqrt(3))
+    for entry in found["per_prompt"]:
+        for model, files in entry["files"].items():
+            pixels = [evaluation.read_image(out / file) for file in files]
+            rescored = probe(torch.stack(pixels), None).tolist()  # the scores are those of the files
+            assert entry["images"][model][PROBE] == pytest.approx(rescored, abs=1e-6)
     text = (out / "results.md").read_text()
     assert evaluation.table(found["summary"]) in text and found["command"] in text
     assert Image.open(out / "grid.png").size == (3 * (96 + 14), 3 * (96 + 40))  # a row per model, a column per prompt
 
 
-def test_results_are_not_overwritten_unasked(result, prompts, capsys):
-    out, _ = result
+def test_results_are_not_overwritten_unasked(result, world, prompts, capsys):
+    out, found = result
     with pytest.raises(SystemExit) as stop:
         evaluation.parse_args([*TINY, "--prompts", prompts, "--out", str(out)])
     assert stop.value.code == 2 and "--overwrite" in capsys.readouterr().err
     evaluation.parse_args([*TINY, "--prompts", prompts, "--out", str(out), "--overwrite"])
+
+
+# ---- kill and continue ----------------------------------------------------------------------------------------------
+def drawn(monkeypatch):
+    """Counts the images that pass through the sampler."""
+    count, plain = [], common.rollout
+
+    def counting(policy, grid, cond, prompts, *rest, **more):
+        count.extend(prompts)
+        return plain(policy, grid, cond, prompts, *rest, **more)
+
+    monkeypatch.setattr(common, "rollout", counting)
+    return count
+
+
+def test_finished_is_not_made_again(world, prompts, tmp_path, monkeypatch):
+    """Not even the model is loaded; a new LoRA, more images or another reward need only what is new."""
+    root, _ = world
+    argv = ["--prompts", prompts, "--num-prompts", 2, "--images-per-prompt", 2, "--out", tmp_path / "out"]
+    count = drawn(monkeypatch)
+    first = main(*argv, "--rewards", PROBE)
+    assert len(count) == 4
+    count.clear()
+    with monkeypatch.context() as m:
+        m.setattr(common, "Policy", None)
+        m.setattr(rewards, "load", None)
+        again = main(*argv, "--rewards", PROBE)
+    assert again["summary"] == first["summary"] and again["per_prompt"] == first["per_prompt"]
+    both = main(*argv, "--rewards", f"{PROBE},jpeg", "--overwrite")  # scores of the files
+    assert count == [] and torch.equal(images(both, "base"), images(first, "base"))
+    more = main(*argv, "--rewards", PROBE, "--lora", root / "strong", "--overwrite")
+    assert len(count) == 4 and torch.equal(images(more, "base"), images(first, "base"))
+    count.clear()
+    main(*argv, "--rewards", PROBE, "--cfg", 2, "--overwrite")
+    main(*argv, "--rewards", PROBE, "--seed", 1, "--overwrite")
+    assert len(count) == 8
+
+
+def test_a_lora_is_known_by_its_content(world, prompts, tmp_path):
+    root, _ = world
+    weights = load_file(root / "strong" / "checkpoints" / "last" / evaluation.LORA_FILE)
+    save_file(weights, tmp_path / "mine.safetensors")
+    argv = [*TINY, "--prompts", prompts, "--lora", str(tmp_path / "mine.safetensors")]
+    first = evaluation.parse_args(argv)
+    save_file(weights, tmp_path / "mine.safetensors")  # the same, later
+    assert evaluation.parse_args(argv).key == first.key and evaluation.parse_args(argv).out == first.out
+    save_file({k: v * 1.001 for k, v in weights.items()}, tmp_path / "mine.safetensors")
+    other = evaluation.parse_args(argv)
+    assert other.folders["mine"] != first.folders["mine"] and other.folders["base"] == first.folders["base"]
+
+
+def test_a_change_of_a_rewards_code_needs_new_scores_alone(prompts, tmp_path, monkeypatch):
+    argv = ["--prompts", prompts, "--num-prompts", 1, "--images-per-prompt", 2, "--out", tmp_path, "--rewards", PROBE]
+    first = main(*argv)
+    count, plain = drawn(monkeypatch), evaluation.code_of
+    monkeypatch.setattr(evaluation, "code_of", lambda name: [*plain(name), "changed"])
+    monkeypatch.setattr(sys.modules[__name__], "probe", lambda images, prompts, metadata: images.mean((1, 2, 3)))
+    second = main(*argv)
+    assert count == [] and second["key"] == first["key"] and first["summary"] != second["summary"]
+
+
+def test_a_model_on_the_hub_is_known_by_its_commit(monkeypatch):
+    import huggingface_hub
+
+    at = "/cache/models--a--b/snapshots/0a1b2c/model_index.json"
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda repo, file: at)
+    args = type("Args", (), {"model_path": "a/b"})()
+    assert evaluation.model_identity(args) == ["a/b", "0a1b2c"]
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda repo, file: None)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda repo, file: at.replace("0a1b2c", "ffff"))
+    assert evaluation.model_identity(args) == ["a/b", "ffff"]
+
+
+@pytest.mark.parametrize("problem", [KeyboardInterrupt(), OSError(28, "No space left on device")])
+def test_stopped_says_how_to_go_on(problem, prompts, tmp_path, monkeypatch, capsys):
+    def fail(*_, **__):
+        raise problem
+
+    monkeypatch.setattr(evaluation, "save_image", fail)
+    with pytest.raises(KeyboardInterrupt if isinstance(problem, KeyboardInterrupt) else SystemExit) as stop:
+        main("--prompts", prompts, "--rewards", PROBE, "--num-prompts", 1, "--out", tmp_path)
+    assert "the same command goes on from there" in capsys.readouterr().err + str(stop.value)
+
+
+KILL = """
+import os, signal, sys
+sys.path[:0] = [{root!r}, {tests!r}]
+import torch
+torch.set_num_threads({threads})
+import eval as evaluation
+from PIL import Image
+plain, count = Image.Image.save, []
+def save(image, path, **more):
+    plain(image, path, **more)
+    count.append(path)
+    if len(count) == {at}:
+        os.kill(os.getpid(), signal.SIGKILL)  # the file is written, but has not got its name yet
+Image.Image.save = save
+evaluation.main(evaluation.parse_args({argv!r}))
+"""
+
+
+def test_killed_and_continued(world, prompts, tmp_path, monkeypatch):
+    """SIGKILL at the fifth of six images, in the middle of the second model's first batch of two, and a torn line:
+    that batch and the rest are drawn, nothing else, and every file and number is the uninterrupted run's."""
+    (root, _), at = world, 5
+    argv = ["--lora", root / "strong", "--prompts", prompts, "--rewards", f"{PROBE},shapes", "--batch-size", 2]
+    argv += ["--images-per-prompt", 1]  # batches of 2 and 1, twice
+    whole = main(*argv, "--out", tmp_path / "whole")
+    flags = [*TINY, *map(str, argv), "--out", str(tmp_path / "killed")]
+    here = Path(__file__).resolve().parent
+    code = KILL.format(root=str(here.parent), tests=str(here), threads=torch.get_num_threads(), argv=flags, at=at)
+    done = subprocess.run([sys.executable, "-c", code], env=os.environ | {"HF_HUB_OFFLINE": "1"}, capture_output=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    found = list((tmp_path / "killed").rglob("images/*/[0-9]*.png"))
+    assert len(found) == at - 1 and not (tmp_path / "killed" / "results.json").exists()
+    with (tmp_path / "killed" / "scores.jsonl").open("a") as f:
+        f.write('{"of": "base-0123456789ab/00000-00')  # as if the kill had come while a line was written
+    count = drawn(monkeypatch)
+    rest = main(*argv, "--out", tmp_path / "killed")
+    assert [p.text for p in count] == PROMPTS  # of the second model: its first batch as a whole, for the same bits
+    assert rest["summary"] == whole["summary"] and rest["per_prompt"] == whole["per_prompt"]
+    for file in (tmp_path / "whole").rglob("images/*/*.png"):
+        same = tmp_path / "killed" / file.relative_to(tmp_path / "whole")
+        assert same.read_bytes() == file.read_bytes()
+    assert not list((tmp_path / "killed").rglob("*.tmp"))
+
+
+def test_an_image_that_cannot_be_read(prompts, tmp_path):
+    argv = ["--prompts", prompts, "--num-prompts", 1, "--images-per-prompt", 1, "--out", tmp_path, "--grid-prompts", 0]
+    main(*argv, "--rewards", PROBE)
+    file = next(tmp_path.rglob("images/*/*.png"))
+    file.write_bytes(file.read_bytes()[:50])
+    with pytest.raises(SystemExit) as stop:
+        main(*argv, "--rewards", "jpeg", "--overwrite")
+    assert str(file) in str(stop.value.code) and "delete it" in str(stop.value.code)
+
+
+# ---- tags and diversity ---------------------------------------------------------------------------------------------
+def test_prompts_with_metadata(tmp_path):
+    """A .jsonl file: the rewards get the metadata, the tags get a table each; other metadata, other scores."""
+    rows = [{"prompt": text, "tag": tag} for text, tag in zip(PROMPTS, ("colors", "counting", "colors"))]
+    (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    argv = ["--prompts", tmp_path / "p.jsonl", "--rewards", "test_eval:tag_length", "--images-per-prompt", 1]
+    found = main(*argv, "--out", tmp_path / "out")
+    assert images(found, "base", "test_eval:tag_length").flatten().tolist() == [6, 8, 6]
+    assert list(found["tags"]) == ["colors", "counting"]
+    assert found["tags"]["colors"]["base"]["test_eval:tag_length"] == {"mean": 6, "se": 0}
+    (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, rows)).replace("counting", "count"))
+    found = main(*argv, "--out", tmp_path / "out", "--overwrite")
+    assert images(found, "base", "test_eval:tag_length").flatten().tolist() == [6, 5, 6]
+
+
+def tag_length(images, prompts, metadata):
+    return tensor([float(len(m["tag"])) for m in metadata])
+
+
+def test_diversity(world, prompts, tmp_path, monkeypatch):
+    """One value a prompt, of exactly its images, from the embedded CLIP; cached like the rest."""
+    root, _ = world
+    argv = ["--lora", root / "zero", "--prompts", prompts, "--rewards", PROBE, "--images-per-prompt", 3]
+    argv += ["--out", tmp_path]
+    found = main(*argv, "--diversity", "diversity-clip")
+    measure = rewards.load_diversity("diversity-clip", "cpu", str(Path(evaluation.HERE) / "tiny" / "clip"))
+    for entry in found["per_prompt"]:
+        pixels = torch.stack([evaluation.read_image(tmp_path / file) for file in entry["files"]["base"]])
+        assert entry["mean"]["base"]["diversity-clip"] == pytest.approx(measure(pixels), abs=1e-6) != 0
+        assert list(entry["images"]["base"]) == [PROBE]
+    summary = found["summary"]["zero"]["diversity-clip"]
+    assert summary["difference"] == 0 and summary["mean"] == found["summary"]["base"]["diversity-clip"]["mean"]
+    monkeypatch.setattr(rewards, "load_diversity", None)
+    assert main(*argv, "--diversity", "diversity-clip")["summary"] == found["summary"]
+
+
+# ---- panel ----------------------------------------------------------------------------------------------------------
+def run_folder(world, path, prompts, **own):
+    """A run with two checkpoints and six epochs of metrics."""
+    root, _ = world
+    (path / "checkpoints").mkdir(parents=True)
+    for epoch, source in ((3, "zero"), (6, "strong")):
+        (path / "checkpoints" / f"epoch_{epoch:04d}").symlink_to(root / source / "checkpoints" / "epoch_0001")
+    args = dict(
+        reward=f"{PROBE}=2", eval_rewards="shapes", reward_path=[], prompts="nowhere.txt", eval_prompts=prompts,
+        eval_images=8, eval_steps=3, eval_kernel="ode", kernel="flow_sde", noise_level=0.7, cfg=1.0, resolution=None,
+        max_sequence_length=10, model="tiny-sd35", t5=True, dtype="auto", micro_batch_size=8, decode_batch_size=8,
+        reward_batch_size=8,
+    )  # fmt: skip
+    (path / "args.json").write_text(json.dumps({"method": "vmpo", "args": args | own}))
+    with (path / "metrics.csv").open("w", newline="") as f:
+        writer = csv.writer(f)
+        writer.writerows([["epoch", "reward/mean", "kl/ref", "eval/reward"], [0, "", "", 0.5]])
+        writer.writerows([[e, e / 10, e / 100, ""] for e in range(1, 7)])
+    return path
+
+
+def test_panel(world, prompts, tmp_path, capsys):
+    run = run_folder(world, tmp_path / "run", prompts)
+    argv = ["--panel", str(run), "--device", "cpu", "--out", str(tmp_path / "out"), "--gallery-mb", "0"]
+    args = evaluation.parse_args(argv)
+    assert (args.model, args.rewards, args.prompts) == ("tiny-sd35", f"{PROBE},shapes", prompts)
+    assert (args.images_per_prompt, args.num_prompts, args.steps, args.kernel) == (4, 2, 3, "ode")
+    assert args.diversity == "diversity-clip" and list(args.lora_files) == ["epoch_0003", "epoch_0006"]
+    evaluation.main(args)
+    panel = json.loads((tmp_path / "out" / "panel.json").read_text())
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert panel["epochs"] == [0, 3, 6] and list(panel["held_out"]) == [PROBE, "shapes", "diversity-clip"]
+    assert panel["training"]["reward/mean"] == [[e, e / 10] for e in range(1, 7)]
+    assert panel["training"]["kl/ref"][-1] == [6, 0.06]
+    for name, values in panel["held_out"].items():
+        assert values["mean"] == [results["summary"][m][name]["mean"] for m in results["summary"]]
+        assert values["difference"][:2] == [None, 0]
+    picture = Image.open(tmp_path / "out" / "panel.png")
+    assert picture.size[0] > 1000 and len(picture.convert("RGB").getcolors(1 << 24)) > 50
+    assert "panel.png" in capsys.readouterr().out
+    args = evaluation.parse_args([*argv, "--rewards", "jpeg", "--checkpoints", "1", "--overwrite", "--steps", "4"])
+    assert args.rewards == "jpeg" and args.steps == 4 and list(args.lora_files) == ["epoch_0006"]
+
+
+def test_decline(world, prompts, tmp_path):
+    """Epoch 3 is best; at epoch 6 `a` has lost 0.5 on every prompt but one, `b` no more than its noise."""
+    run = run_folder(world, tmp_path / "run", prompts)
+    args = evaluation.parse_args(["--panel", str(run), "--device", "cpu", "--out", str(tmp_path / "out")])
+    base = torch.zeros(4, 1, dtype=torch.float64)
+    best, last = base + 1, tensor([[0.5], [0.5], [0.5], [0.6]], dtype=torch.float64)
+    noisy = tensor([[1.9], [0.0], [1.8], [0.0]], dtype=torch.float64)
+    scores = {m: {"a": a, "b": b} for m, a, b in zip(args.folders, (base, best, last), (base, best, noisy))}
+    panel = evaluation.panel_data(args, scores, evaluation.summarise(scores), list("wxyz"))
+    assert list(panel["declines"]) == ["a"]
+    decline = {"best_epoch": 3, "fall": pytest.approx(0.475), "fall_se": pytest.approx(0.025)}
+    assert panel["declines"]["a"] == decline
+    evaluation.draw_panel(panel, ["a"], tmp_path / "panel.png")
+
+
+PANEL_BAD = {
+    "--panel {root}/strong": ["is no run folder"],
+    "--panel nowhere": ["is no run folder"],
+    "--panel {run} --lora {root}/strong": ["leave --lora out"],
+    "--panel {run} --checkpoints 0": ["--checkpoints 0 is too few"],
+    "--panel {run} --preset tiny-sd15": ["does not fit the model"],
+    "--panel {empty}": ["has no checkpoint"],
+}
+
+
+@pytest.mark.parametrize("flags", PANEL_BAD)
+def test_bad_panel(flags, world, prompts, tmp_path, capsys):
+    run, empty = run_folder(world, tmp_path / "run", prompts), run_folder(world, tmp_path / "empty", prompts)
+    for checkpoint in (empty / "checkpoints").iterdir():
+        checkpoint.unlink()
+    argv = flags.format(root=world[0], run=run, empty=empty).split(" ")
+    with pytest.raises(SystemExit) as stop:
+        evaluation.parse_args([*argv, "--device", "cpu", "--out", str(tmp_path / "out")])
+    error = capsys.readouterr().err.strip()
+    assert stop.value.code == 2 and all(word in error for word in PANEL_BAD[flags]) and "\n" not in error
 
 
 # ---- which LoRA -----------------------------------------------------------------------------------------------------
@@ -289,7 +605,15 @@ BAD = {
     "--device gpu": ["--device gpu cannot be used"],
     "--model no/such/model": ["--model no/such/model"],
     "--out {prompts}/evals": ["cannot be written"],
+    "--out {other}": ["--out", "holds results of other settings", "--overwrite"],
     "--preset large": ["--preset"],
+    "--diversity lpips": ["--diversity"],
+    "--diversity diversity-clip --images-per-prompt 1": ["--images-per-prompt 1", "use 2 or more"],
+    "--diversity diversity-clip --reward-path diversity-clip=nowhere": ["diversity-clip=nowhere"],
+    "--diversity dreamsim": ["dreamsim"],
+    "--rewards hpsv2": ["reward 'hpsv2' needs weights"],
+    "--rewards geneval --reward-path geneval={clip},{clip}": ["cannot score line 1 of the prompts", "metadata"],
+    "--gallery-mb -1": ["--gallery-mb -1.0 is too small"],
 }
 
 
@@ -297,7 +621,11 @@ BAD = {
 def test_bad_input(flags, world, prompts, capsys):
     root, _ = world
     save_file({}, root / "empty.safetensors")
-    argv = [*TINY, "--prompts", prompts, *flags.format(root=root, prompts=prompts).split(" ")]
+    (root / "other").mkdir(exist_ok=True)
+    (root / "other" / "results.json").write_text('{"key": "of an older one"}')
+    clip = Path(evaluation.HERE) / "tiny" / "clip"
+    flags_ = flags.format(root=root, prompts=prompts, other=root / "other", clip=clip)
+    argv = [*TINY, "--prompts", prompts, *flags_.split(" ")]
     with pytest.raises(SystemExit) as stop:
         evaluation.parse_args(argv)
     error = capsys.readouterr().err.strip().splitlines()[-1]
@@ -308,7 +636,43 @@ def test_bad_input(flags, world, prompts, capsys):
 def test_a_reward_that_fails_stops_with_its_name(prompts, tmp_path):
     with pytest.raises(SystemExit) as stop:
         main("--prompts", prompts, "--rewards", "test_eval:broken", "--num-prompts", 1, "--out", tmp_path / "out")
-    assert "test_eval:broken" in str(stop.value.code) and not (tmp_path / "out").exists()
+    assert "test_eval:broken" in str(stop.value.code) and not (tmp_path / "out" / "results.json").exists()
+
+
+@pytest.mark.parametrize("preset", evaluation.PRESETS)
+def test_presets_say_in_one_sentence_what_they_lack(preset, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    try:
+        args = evaluation.parse_args(["--preset", preset, "--device", "cpu", "--out", str(tmp_path / "out")])
+    except SystemExit as stop:
+        error = capsys.readouterr().err.strip()
+        assert stop.code == 2 and error.startswith("eval.py: error: ") and "\n" not in error
+        missing = {"drawbench": ["without a licence", "--prompts", "prompts/README.md"]}.get(preset, [])
+        assert all(word in error for word in missing), error
+        assert missing or "is not in the local cache" in error or " needs " in error, error
+    else:
+        assert preset.startswith("tiny") and args.diversity == "diversity-clip"
+
+
+def test_protocols():
+    """Sizes of the papers' protocols, of the files that are shipped."""
+    sizes = {"vmpo-table1": (100, 10), "sd35-ocr": (1018, 1), "geneval": (553, 4), "hpdv2-test": (400, 1)}
+    for preset, (count, per_prompt) in sizes.items():
+        found = common.load_prompts(evaluation.PRESETS[preset]["prompts"])
+        assert len(found) == count and evaluation.PRESETS[preset]["images_per_prompt"] == per_prompt
+    tags = [p.metadata["tag"] for p in common.load_prompts(evaluation.PRESETS["geneval"]["prompts"])]
+    assert sorted(set(tags)) == sorted(rewards.GENEVAL_TAGS)
+
+
+def test_help(capsys):
+    """Every flag with its explanation; every preset is named."""
+    with pytest.raises(SystemExit) as stop:
+        evaluation.parse_args(["--help"])
+    text = capsys.readouterr().out
+    assert stop.value.code == 0 and all(name in text for name in evaluation.PRESETS)
+    for flag in "--panel --diversity --gallery-mb --overwrite --seed --cfg --steps --noise-level".split():
+        after = text.split(f"\n  {flag} ")[1].split("\n  --")[0]
+        assert len(" ".join(after.split())) > 20, flag
 
 
 def test_presets_and_defaults(prompts, tmp_path, monkeypatch):

@@ -232,9 +232,14 @@ def clip_tokenizer():
 
 @pytest.fixture(scope="session")
 def clip_folder(tmp_path_factory):
+    return save_clip(tmp_path_factory.mktemp("clip"))
+
+
+def save_clip(folder):
+    """A small random CLIPModel with tokenizer, as save_pretrained writes them, and an aesthetic head head.pth."""
     from transformers import CLIPConfig, CLIPModel
 
-    folder, tokenizer = tmp_path_factory.mktemp("clip"), clip_tokenizer()
+    tokenizer = clip_tokenizer()
     size = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
     ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
     text = {**size, **ends, "vocab_size": len(tokenizer), "max_position_embeddings": 40}
@@ -482,6 +487,72 @@ def test_imagereward_is_the_definition_and_no_silent_default(blip):
         assert distance > 3 * (ours - theirs).abs().max() and distance > 3e-6, (trap, distance)
 
 
+def text_call(**forced):
+    """BlipTextModel.forward with these arguments whatever the caller says."""
+    from transformers import BlipTextModel
+
+    original = BlipTextModel.forward
+    return BlipTextModel, "forward", lambda self, *a, **k: original(self, *a, **(k | forced))
+
+
+TRAPS = {
+    "text heads of BLIP's default config": lambda: (rewards.BLIP_TEXT, "num_attention_heads", 8),
+    "vision eps of BLIP's default config": lambda: (rewards.BLIP_VISION, "layer_norm_eps", 1e-5),
+    "is_decoder in the call": lambda: text_call(is_decoder=True),
+    "no attention mask": lambda: text_call(attention_mask=None),
+    "head in train mode": lambda: (rewards.ImageReward, "forward", dropped(rewards.ImageReward.forward)),
+}
+
+
+def dropped(forward):
+    """What the package's head would do if nobody called eval()."""
+
+    def wrong(self, *inputs):
+        with pytest.MonkeyPatch.context() as patch:
+            original = torch.nn.Linear.forward
+            is_head = {id(linear) for linear in self.head.values()}
+            patch.setattr(torch.nn.Linear, "forward",
+                          lambda m, x: F.dropout(original(m, x), 0.2 if id(m) in is_head else 0.0))  # fmt: skip
+            return forward(self, *inputs)
+
+    return wrong
+
+
+@pytest.mark.parametrize("trap", TRAPS)
+def test_each_silent_trap_of_imagereward_loads_strictly_and_is_noticed(trap, blip, monkeypatch):
+    path, state = blip
+    prompts = ["a red circle", "two blue squares above a red circle"]
+    x = pictures(2, 24, 24, torch.float64)
+    truth = imagereward_score(state, x, prompts)
+
+    def error():
+        rewards._load_term.cache_clear()
+        fn = load("imagereward", dtype=torch.float64, paths=str(path)).terms[0].fn
+        return (fn(x, prompts, None) - truth).abs().max().item()
+
+    ours = error()
+    target, name, value = TRAPS[trap]()
+    (monkeypatch.setitem if isinstance(target, dict) else monkeypatch.setattr)(target, name, value)
+    trapped = error()  # no error at loading
+    rewards._load_term.cache_clear()
+    assert ours < 1e-6 and trapped > 3e-6 and trapped > 5 * ours, (ours, trapped)
+
+
+def test_imagereward_is_in_eval_mode_and_has_no_dropout_to_forget(blip):
+    model = rewards.ImageReward(rewards.BLIP_VISION, rewards.BLIP_TEXT)
+    assert not any(m.p for m in model.modules() if isinstance(m, torch.nn.Dropout))
+    fn = load("imagereward", dtype=torch.float64, paths=str(blip[0])).terms[0].fn
+    loaded = next(c.cell_contents for c in fn.__closure__ if isinstance(c.cell_contents, rewards.ImageReward))
+    assert not any(m.training for m in loaded.modules()) and not any(p.requires_grad for p in loaded.parameters())
+
+
+def test_is_decoder_false_in_the_config_would_not_load(blip, monkeypatch):
+    monkeypatch.setitem(rewards.BLIP_TEXT, "is_decoder", False)
+    rewards._load_term.cache_clear()
+    with pytest.raises(RuntimeError, match="crossattention"):
+        load("imagereward", paths=str(blip[0]))
+
+
 def test_imagereward_key_map_is_strict(blip):
     path, state = blip
     del state["blip.text_encoder.encoder.layer.1.crossattention.self.key.weight"]
@@ -505,6 +576,96 @@ def test_published_sizes():
     assert rewards.BLIP_VISION["layer_norm_eps"] == 1e-6 and rewards.BLIP_TEXT["layer_norm_eps"] == 1e-12
     assert rewards.HPS_VISION["hidden_act"] == rewards.HPS_TEXT["hidden_act"] == "gelu"
     assert rewards.HPS_VISION["num_attention_heads"] == rewards.HPS_TEXT["num_attention_heads"] == 16
+
+
+# ---- the packages themselves ----------------------------------------------------------------------------------------
+class StubOpenClip:
+    """open_clip's interface, computed from the same checkpoint."""
+
+    def __init__(self, tokenizer):
+        self.tokenizer, self.asked = tokenizer, None
+
+    def create_model(self, name, pretrained, device):
+        from transformers import CLIPConfig, CLIPModel
+
+        self.asked = name, pretrained, device
+        config = CLIPConfig(vision_config=rewards.HPS_VISION, text_config=rewards.HPS_TEXT, projection_dim=12)
+        weights = rewards.openclip_to_clip(torch.load(pretrained, weights_only=True)["state_dict"])
+        model = rewards._build(lambda: CLIPModel(config), weights, device, torch.float64)
+        model.encode_image = lambda x: 3 * model.get_image_features(pixel_values=x).pooler_output  # not normalised
+        model.encode_text = lambda ids: 5 * model.get_text_features(input_ids=ids).pooler_output
+        return model.train()
+
+    def get_tokenizer(self, name):
+        assert name == self.asked[0]
+        return lambda prompts: self.tokenizer(prompts, padding=True, return_tensors="pt").input_ids
+
+
+def test_hpsv2_by_open_clip_is_hpsv2(hps, monkeypatch):
+    path, _, tokenizer = hps
+    stub = StubOpenClip(tokenizer)
+    monkeypatch.setitem(sys.modules, "open_clip", stub)
+    both = {name: load(name, dtype=torch.float64, paths={name: str(path)}) for name in ("hpsv2", "hpsv2-openclip")}
+    assert stub.asked == ("ViT-H-14", str(path), "cpu")
+    x = pictures(3, 50, 40, torch.float64).requires_grad_()
+    ours, theirs = (reward(x, PROMPTS, grad=True)[0] for reward in both.values())
+    assert torch.allclose(ours, theirs, atol=1e-6) and ours.std() > 1e-3
+    a, b = (torch.autograd.grad(total.sum(), x)[0] for total in (ours, theirs))
+    assert torch.allclose(a, b, rtol=1e-5, atol=1e-9) and a.abs().max() > 0
+
+
+def test_imagereward_by_its_package_is_imagereward(blip, monkeypatch):
+    from types import SimpleNamespace
+
+    path, state = blip
+    (path.parent / "med_config.json").write_text("{}")
+    asked = {}
+
+    def package_load(name, device, med_config):
+        asked.update(name=name, device=device, med_config=med_config)
+        weights = rewards.imagereward_to_blip(state)
+        rebuilt = lambda: rewards.ImageReward(rewards.BLIP_VISION, rewards.BLIP_TEXT)  # noqa: E731
+        model = rewards._build(rebuilt, weights, device, torch.float64)
+        from transformers import BertTokenizer
+
+        model.blip = torch.nn.Module()
+        model.blip.tokenizer = BertTokenizer.from_pretrained(path.parent / "tokenizer")
+        model.score_gard = lambda ids, mask, image: model(image, ids, mask)[:, None]
+        return model
+
+    stub = SimpleNamespace(load=package_load, __spec__="something")
+    monkeypatch.setitem(sys.modules, "ImageReward", stub)
+    names = ("imagereward", "imagereward-package")
+    ours, theirs = (load(n, dtype=torch.float64, paths={n: str(path)}) for n in names)
+    assert asked == {"name": str(path), "device": "cpu", "med_config": str(path.parent / "med_config.json")}
+    x, prompts = pictures(3, 50, 40, torch.float64), ["a red circle", "two blue squares", "a red " * 30]
+    assert torch.allclose(ours(x, prompts)[0], theirs(x, prompts)[0], atol=1e-5)
+    y = x.requires_grad_()
+    a, b = (torch.autograd.grad(r(y, prompts, grad=True)[0].sum(), y)[0] for r in (ours, theirs))
+    assert torch.allclose(a, b, rtol=1e-5, atol=1e-9) and a.abs().max() > 0
+    (path.parent / "med_config.json").unlink()
+    assert "no med_config.json in" in message("imagereward-package", str(path))
+
+
+@pytest.mark.parametrize("name, package, pip, instead", [
+    ("hpsv2-openclip", "open_clip", "open_clip_torch==3.3.0", "take hpsv2,"),
+    ("imagereward-package", "ImageReward", "image-reward==1.5", "take imagereward,"),
+])  # fmt: skip
+def test_packages_that_are_missing_or_cannot_be_imported(name, package, pip, instead, tmp_path, monkeypatch):
+    original = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda n: None if n == package else original(n))
+    found = message(name)
+    assert f"needs the package {package}" in found and f"pip install {pip}" in found
+    monkeypatch.undo()
+    for file in ("weights.pt", "med_config.json"):
+        (tmp_path / file).touch()
+    (tmp_path / f"{package}.py").write_text('raise RuntimeError("operator torchvision::nms does not exist")\n')
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, package, raising=False)
+    check(name, {name: str(tmp_path / "weights.pt")})  # there, so far as can be told without importing it
+    with pytest.raises(UsageError, match="torchvision::nms") as e:
+        load(name, paths={name: str(tmp_path / "weights.pt")})
+    assert pip in str(e.value) and instead in str(e.value) and "\n" not in str(e.value)
 
 
 # ---- gradients ------------------------------------------------------------------------------------------------------
@@ -797,9 +958,9 @@ def empty_cache(monkeypatch):
     return cached
 
 
-def message(spec, paths=None, prompts=None):
+def message(spec, paths=None, prompts=None, metadata=None, lines=None):
     with pytest.raises(UsageError) as e:
-        check(spec, paths, prompts)
+        check(spec, paths, prompts, metadata, lines)
     assert "\n" not in str(e.value)
     return str(e.value)
 
@@ -835,6 +996,34 @@ def test_weights_in_the_cache_or_beside_the_checkpoint_are_enough(empty_cache, t
     (tmp_path / "tokenizer").mkdir()
     (tmp_path / "tokenizer" / "vocab.txt").touch()
     check("imagereward", str(tmp_path / "ImageReward.pt"))
+
+
+def test_load_without_check_fails_in_one_sentence_too(empty_cache, tmp_path):
+    with pytest.raises(UsageError, match="nor in the local hub cache"):
+        load("pickscore")
+    with pytest.raises(UsageError, match="no config.json in"):
+        load("clipscore", paths=str(tmp_path / "absent"))
+
+
+def test_check_args_gives_every_reward_its_prompts_and_paths(clip_folder, monkeypatch):
+    from types import SimpleNamespace
+
+    seen = []
+    monkeypatch.setattr(rewards, "check", lambda *a: seen.append(a))
+    train = [SimpleNamespace(text="a", metadata={}), SimpleNamespace(text="b", metadata={"tag": 1})]
+    held_out = [SimpleNamespace(text="c", metadata={"tag": 2})]
+    args = SimpleNamespace(reward="clipscore", eval_rewards="pickscore=1,jpeg=1", eval_images=1, prompt_list=train,
+                           eval_prompt_list=held_out, reward_path=["clipscore=x", "pickscore=y"])  # fmt: skip
+    rewards.check_args(args)
+    assert args.paths == {"clipscore": "x"} and args.eval_paths == {"pickscore": "y"}
+    assert seen == [
+        ("clipscore", args.paths, ["a", "b"], [{}, {"tag": 1}]),
+        ("clipscore", args.paths, ["c"], [{"tag": 2}]),
+        ("pickscore=1,jpeg=1", args.eval_paths, ["c"], [{"tag": 2}]),
+    ]
+    args.eval_images, seen[:] = 0, []
+    rewards.check_args(args)
+    assert len(seen) == 1
 
 
 def test_wrong_paths(tmp_path, clip_folder):
@@ -898,6 +1087,7 @@ def test_unsuited_prompts_are_named_by_line(monkeypatch):
     found = message("shapes-strict", prompts=["a red circle", "a red circle", "a dog"])
     assert "line 3" in found and "'a dog'" in found and "three yellow circles" in found
     check("shapes", prompts=PROMPTS)
+    assert "line b.txt:7 " in message("ocr", prompts=['a sign "a"', "a sign"], lines=["b.txt:3", "b.txt:7"])
 
 
 def test_check_and_import_are_light(clip_folder):

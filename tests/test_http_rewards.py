@@ -1,0 +1,429 @@
+"""rewards.py, rewards of a server, against real servers on 127.0.0.1: protocol, failures, retries, a restart."""
+
+import base64
+import http.server
+import io
+import json
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import rewards
+from rewards import RewardError, UsageError, check, load
+
+DOCS = (Path(rewards.__file__).parent / "docs" / "rewards.md").read_text()
+QUICK = "#wait=0.05&tries=4&timeout=5"
+PROMPTS = [f"prompt {i}" for i in range(10)]
+
+
+def images(n=10, h=12, w=20):
+    return (torch.rand(n, 3, h, w) * 255).round() / 255
+
+
+def decode(text):
+    """Base64 PNG -> (3, H, W) float in [0, 1]."""
+    image = Image.open(io.BytesIO(base64.b64decode(text)))
+    assert image.format == "PNG" and image.mode == "RGB"
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255
+
+
+def mean_scores(body):
+    return {"scores": [decode(text).mean().item() for text in body["images"]]}
+
+
+class Server:
+    """answer(path, body, headers) -> (status, bytes or JSON), in a thread of its own per request; `seen` requests."""
+
+    def __init__(self, answer):
+        seen, lock = [], threading.Lock()
+        self.seen, self.busy, self.most_busy = seen, 0, 0
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def reply(handler):
+                length = int(handler.headers.get("Content-Length") or 0)
+                body = json.loads(handler.rfile.read(length)) if length else None
+                with lock:
+                    seen.append((handler.command, handler.path, body, dict(handler.headers)))
+                    self.busy += 1
+                    self.most_busy = max(self.busy, self.most_busy)
+                try:
+                    status, content = answer(len(seen), handler.path, body)
+                finally:
+                    with lock:
+                        self.busy -= 1
+                if status is None:  # cut the connection
+                    return handler.connection.close()
+                content = content if isinstance(content, bytes) else json.dumps(content).encode()
+                handler.send_response(status)
+                handler.send_header("Content-Length", str(len(content)))
+                handler.end_headers()
+                handler.wfile.write(content)
+
+            do_GET = do_POST = reply
+
+            def log_message(self, *args):
+                pass
+
+        class Quiet(http.server.ThreadingHTTPServer):
+            daemon_threads = True
+
+            def handle_error(self, *args):
+                pass
+
+        self.http = Quiet(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.http.server_port}"
+        threading.Thread(target=self.http.serve_forever, daemon=True).start()
+
+
+@pytest.fixture(autouse=True)
+def no_proxy(monkeypatch):
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    monkeypatch.delenv("REWARD_API_KEY", raising=False)
+
+
+@pytest.fixture
+def serve():
+    servers = []
+
+    def start(answer):
+        servers.append(Server(answer))
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        server.http.shutdown()
+        server.http.server_close()
+
+
+# ---- the protocol ---------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("name", ["http", "deqa"])
+def test_scores_arrive_in_order_with_prompts_and_metadata(name, serve):
+    server = serve(lambda n, path, body: (time.sleep(0.02 * (4 - n)) if n < 4 else None, (200, mean_scores(body)))[1])
+    x, extra = images(), [{"n": i} for i in range(10)]
+    check(name, f"{server.url}/score", PROMPTS)
+    reward = load(name, paths={name: f"{server.url}/score#batch=3&workers=4"})
+    total, _ = reward(x, PROMPTS, extra)
+    assert torch.allclose(total, x.mean((1, 2, 3)), atol=1e-6) and total.std() > 1e-3
+    sent = sorted((body for _, _, body, _ in server.seen), key=lambda b: b["metadata"][0]["n"])
+    assert [len(body["images"]) for body in sent] == [3, 3, 3, 1]
+    assert sum((body["prompts"] for body in sent), []) == PROMPTS
+    assert sum((body["metadata"] for body in sent), []) == extra
+    assert all(set(body) == {"images", "prompts", "metadata"} for body in sent)
+    assert torch.allclose(decode(sent[0]["images"][0]), x[0])  # lossless
+    assert {(command, path) for command, path, _, _ in server.seen} == {("POST", "/score")}
+    assert not reward.differentiable
+    reward(x[:1], PROMPTS[:1])
+    assert server.seen[-1][2]["metadata"] == [{}] and "Authorization" not in server.seen[-1][3]
+
+
+def test_requests_run_side_by_side_up_to_workers(serve):
+    def slow(n, path, body):
+        time.sleep(0.2)
+        return 200, mean_scores(body)
+
+    server = serve(slow)
+    load("http", paths=f"{server.url}#batch=1&workers=3")(images(6), PROMPTS[:6])
+    assert server.most_busy == 3 and len(server.seen) == 6
+
+
+def test_key_of_the_server(serve, monkeypatch):
+    server = serve(lambda n, path, body: (200, mean_scores(body)))
+    monkeypatch.setenv("REWARD_API_KEY", "abc")
+    load("http", paths=server.url)(images(1), PROMPTS[:1])
+    assert server.seen[0][3]["Authorization"] == "Bearer abc"
+
+
+def failing(answer, serve, name="http", settings=QUICK, n=3):
+    """The message of the RewardError, the number of requests."""
+    server = serve(answer)
+    with pytest.raises(RewardError, match=f"reward '{name}' ") as e:
+        load(name, paths=server.url + settings)(images(n), PROMPTS[:n])
+    return str(e.value), len(server.seen)
+
+
+@pytest.mark.parametrize(
+    "answer, words",
+    [
+        (b"<html>welcome</html>", "no JSON: '<html>welcome"),
+        (b"", "no JSON"),
+        ({"score": [1, 2, 3]}, "no list of scores"),
+        ([1, 2, 3], "no list of scores"),
+        ({"scores": [1, 2]}, "2 scores; expected"),
+        ({"scores": [1, 2, 3, 4]}, "4 scores; expected"),
+        ({"scores": [1, None, 3]}, "None as score 1"),
+        ({"scores": [1, "2", 3]}, "'2' as score 1"),
+        ({"scores": [1, True, 3]}, "True as score 1"),
+        (b'{"scores": [1, NaN, 3]}', "returned nan; expected finite numbers (sample 1: prompt 'prompt 1')"),
+        (b'{"scores": [1, 2, Infinity]}', "returned inf; expected finite numbers (sample 2: prompt 'prompt 2')"),
+        ({"scores": "123"}, "no list of scores"),
+    ],
+)
+def test_a_wrong_answer_stops_the_run_at_once(answer, words, serve):
+    message, requests = failing(lambda n, path, body: (200, answer), serve)
+    assert words in message and requests == 1
+
+
+@pytest.mark.parametrize(
+    "status, tries", [(400, 1), (404, 1), (422, 1), (501, 1), (408, 4), (429, 4), (500, 4), (503, 4)]
+)
+def test_status_codes(status, tries, serve):
+    message, requests = failing(lambda n, path, body: (status, b"the reason"), serve)
+    assert f"HTTP {status}" in message and "the reason" in message and requests == tries
+    assert ("4 tries" in message) == (tries == 4)
+
+
+def test_time_out(serve):
+    release = threading.Event()
+    start = time.monotonic()
+    message, requests = failing(lambda n, path, body: (release.wait(20), (200, mean_scores(body)))[1], serve,
+                                settings="#timeout=0.3&tries=2&wait=0.01")  # fmt: skip
+    release.set()
+    assert "timed out" in message and "2 tries, 0.3 s each" in message and requests == 2
+    assert time.monotonic() - start < 5
+
+
+@pytest.mark.parametrize("fault", [(None, b""), (503, b"loading"), (200, "short")])
+def test_what_passes_is_tried_again(fault, serve):
+    """A cut connection, a busy server, an answer that breaks off: the third try succeeds, with growing pauses."""
+    times = []
+
+    def answer(n, path, body):
+        times.append(time.monotonic())
+        return (200, mean_scores(body)) if n == 3 else fault
+
+    server = serve(answer)
+    if fault[1] == "short":  # announce more than is sent
+        handler = server.http.RequestHandlerClass
+        original = handler.send_header
+        handler.send_header = lambda self, key, value: original(
+            self, key, "500" if key == "Content-Length" and len(times) < 3 else value
+        )
+    x = images(2)
+    total, _ = load("http", paths=f"{server.url}#wait=0.1&tries=3&timeout=2")(x, PROMPTS[:2])
+    assert torch.allclose(total, x.mean((1, 2, 3)), atol=1e-6)
+    first, second = times[1] - times[0], times[2] - times[1]
+    assert first >= 0.1 and second >= 0.2
+
+
+def test_a_failure_ends_the_waiting_of_the_others(serve):
+    """One request is refused for good while others are in their pauses."""
+
+    def answer(n, path, body):
+        if body["prompts"] == ["prompt 0"]:
+            time.sleep(0.3)
+            return 400, b"no"
+        return 503, b"busy"
+
+    start = time.monotonic()
+    before = {t for t in threading.enumerate() if t.name.startswith("ThreadPoolExecutor")}
+    failing(answer, serve, settings="#batch=1&workers=4&wait=10&tries=5", n=4)
+    while {t for t in threading.enumerate() if t.name.startswith("ThreadPoolExecutor")} - before:
+        time.sleep(0.02)
+        assert time.monotonic() - start < 5
+
+
+SERVER = """
+import http.server, json, sys, os
+port, answers = int(sys.argv[1]), int(sys.argv[2])
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_POST(self):
+        global answers
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if answers == 0:
+            os._exit(1)                                     # in the middle of a request
+        answers -= 1
+        content = json.dumps({"scores": [m["n"] / 4 for m in body["metadata"]]}).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+    def log_message(self, *args):
+        pass
+server = http.server.HTTPServer(("127.0.0.1", port), Handler)
+print(server.server_port, flush=True)
+server.serve_forever()
+"""
+
+
+def start_server(port, answers):
+    process = subprocess.Popen(
+        [sys.executable, "-c", SERVER, str(port), str(answers)], stdout=subprocess.PIPE, text=True
+    )
+    return process, int(process.stdout.readline())
+
+
+@pytest.mark.parametrize("name", ["deqa", "http"])
+def test_a_server_that_dies_in_the_middle_of_an_epoch_and_comes_back(name):
+    first, port = start_server(0, 5)
+    found = {}
+
+    def restart():
+        first.wait()
+        time.sleep(0.4)  # nothing listens for a while
+        found["second"], found["port"] = start_server(port, -1)
+
+    watcher = threading.Thread(target=restart, daemon=True)
+    watcher.start()
+    try:
+        reward = load(name, paths=f"http://127.0.0.1:{port}/#batch=2&workers=2&wait=0.2&tries=6")
+        extra = [{"n": i} for i in range(24)]
+        total, _ = reward(images(24), ["a"] * 24, extra, chunk=8)
+        assert total.tolist() == [i / 4 for i in range(24)]
+        assert first.poll() == 1 and found["port"] == port
+    finally:
+        first.kill(), first.wait(), watcher.join(10)
+        if "second" in found:
+            found["second"].kill(), found["second"].wait()
+
+
+def test_the_server_in_the_documentation_works():
+    code = next(block for block in DOCS.split("```") if "http.server" in block).removeprefix("python\n")
+    port = free_port()
+    process = subprocess.Popen([sys.executable, "-c", code, str(port)], stderr=subprocess.DEVNULL)
+    try:
+        x = torch.rand(3, 1, 1, 1).expand(3, 3, 16, 16)
+        reward = rewards.http_reward("http", "cpu", torch.float32, f"http://127.0.0.1:{port}/score#wait=0.2&batch=2")
+        scores = reward.fn(x, PROMPTS[:3], None)
+        assert torch.allclose(torch.tensor(scores), x[:, 0, 0, 0], atol=0.51 / 255)
+    finally:
+        process.kill(), process.wait()
+
+
+def test_the_documentation_names_every_reward_and_setting():
+    for name in (*rewards.REWARDS, *rewards.DIVERSITY):
+        assert any(f"`{name}`" in line.split("|")[1] for line in DOCS.splitlines() if line.startswith("| ")), name
+    for key, value in rewards.HTTP.items():
+        assert f"`{key}={value:g}`" in DOCS
+
+
+# ---- start-up -------------------------------------------------------------------------------------------------------
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+@pytest.mark.parametrize("name", ["deqa", "http", "unifiedreward"])
+def test_bad_urls_and_absent_servers_are_found_at_start_up(name):
+    for path, words in ((None, f"give --reward-path {name}=http://HOST:PORT/PATH"), ("localhost:8000", "is no URL"),
+                        ("ftp://host/x", "is no URL"), ("http:///x", "is no URL"), ("http://host:99999/", "is no URL"),
+                        ("http://host/#retries=3", "retries=3 is no setting; these are: .*tries=8"),
+                        ("http://host/#tries=0", "tries=0 is no setting"),
+                        ("http://host/#timeout=nan", "timeout=nan"), ("http://host/#batch=2.5", "batch=2.5"),
+                        (f"http://127.0.0.1:{free_port()}/", "no server at .*refused.*; start it")):  # fmt: skip
+        start = time.monotonic()
+        with pytest.raises(UsageError, match=words) as e:
+            check(name, {name: path} if path else None)
+        assert "\n" not in str(e.value) and time.monotonic() - start < 6
+
+
+def test_urls_are_paths_like_the_others():
+    found = rewards.parse_paths(["deqa=http://h:1/a?b=c#tries=2", "http=https://h/x"])
+    assert found == {"deqa": "http://h:1/a?b=c#tries=2", "http": "https://h/x"}
+    assert rewards.parse_paths("http://h:1/?a=b") == {"": "http://h:1/?a=b"}
+    url, settings = rewards._server("deqa", "https://h/x?y=1#timeout=60&workers=2")
+    assert url == "https://h/x?y=1" and settings == rewards.HTTP | {"timeout": 60.0, "workers": 2}
+
+
+# ---- UnifiedReward --------------------------------------------------------------------------------------------------
+def completion(text):
+    return {"choices": [{"message": {"role": "assistant", "content": text}}]}
+
+
+def test_unifiedreward_is_a_chat_completion(serve):
+    def answer(n, path, body):
+        if path.endswith("/models"):
+            return 200, {"data": [{"id": "UnifiedReward-7b"}]}
+        text = body["messages"][0]["content"][1]["text"]
+        return 200, completion(f"Fine.\nFinal Score: {1 + int(text[-2]) * 0.25}")
+
+    server = serve(answer)
+    x = images(10, 64, 96)
+    path = f"{server.url}/v1"
+    check("unifiedreward", path, PROMPTS)
+    reward = load("unifiedreward", paths=path)
+    total, _ = reward(x, PROMPTS, chunk=5)
+    assert total.tolist() == [1 + i * 0.25 for i in range(10)]
+    assert [(c, p) for c, p, _, _ in server.seen].count(("GET", "/v1/models")) == 1
+    posts = [(p, body) for c, p, body, _ in server.seen if c == "POST"]
+    assert {p for p, _ in posts} == {"/v1/chat/completions"} and len(posts) == 10
+    body = next(b for _, b in posts if b["messages"][0]["content"][1]["text"].endswith("[prompt 7]"))
+    assert body["model"] == "UnifiedReward-7b" and body["temperature"] == 0 and len(body["messages"]) == 1
+    picture, question = body["messages"][0]["content"]
+    assert question["text"].count("Text Caption: [prompt 7]") == 1 and "Final Score:" in question["text"]
+    prefix, _, data = picture["image_url"]["url"].partition(",")
+    assert prefix == "data:image/png;base64" and picture["type"] == "image_url" and question["type"] == "text"
+    sent = decode(data)
+    pixels = (x[7].permute(1, 2, 0).numpy() * 255).round().astype(np.uint8)
+    expected = np.array(Image.fromarray(pixels).resize((512, 512), Image.BICUBIC))
+    assert (
+        sent.shape == (3, 512, 512) and (sent * 255 - torch.from_numpy(expected).permute(2, 0, 1)).abs().max() < 1e-3
+    )
+    again = load("unifiedreward", paths=path + "/chat/completions")  # the full address works, too
+    assert again(x[:1], PROMPTS[:1])[0].tolist() == [1]
+
+
+@pytest.mark.parametrize(
+    "text, score",
+    [
+        ("Final Score: 4.25", 4.25),
+        ("... Final Score:3", 3.0),
+        ("Final Score:\n 5", 5),
+        ("Final Score: 10", None),
+        ("Final Score: 5.5", None),
+        ("Final Score: 0.5", None),
+        ("**Final Score:** 4", None),
+        ("Score: 4", None),
+        ("", None),
+    ],
+)
+def test_the_score_in_the_answer(text, score):
+    if score is None:
+        with pytest.raises(ValueError, match="no 'Final Score:' from 1 to 5"):
+            rewards.unified_score(completion(text))
+    else:
+        assert rewards.unified_score(completion(text)) == score
+
+
+@pytest.mark.parametrize("answer, words", [
+    (completion("I cannot judge this."), "prompt 'prompt 0': .*no 'Final Score:'.*I cannot judge this"),
+    ({"error": "out of memory"}, "no chat completion: .*out of memory"),
+    (completion(None), "no chat completion"),
+    ({"choices": []}, "no chat completion"),
+    ([], "no chat completion"),
+])  # fmt: skip
+def test_an_answer_without_score_stops_the_run(answer, words, serve):
+    served = {"data": [{"id": "m"}]}
+    server = serve(lambda n, path, body: (200, served if path == "/v1/models" else answer))
+    with pytest.raises(RewardError, match=f"reward 'unifiedreward' .*{words}"):
+        load("unifiedreward", paths=f"{server.url}/v1{QUICK}")(images(1), PROMPTS[:1])
+    assert len(server.seen) == 2
+
+
+def test_a_server_without_models_is_no_openai_server(serve):
+    server = serve(lambda n, path, body: (200, {"data": []}))
+    with pytest.raises(RewardError, match="/v1/models lists no model"):
+        load("unifiedreward", paths=f"{server.url}/v1{QUICK}")(images(1), PROMPTS[:1])
+
+
+def test_unifiedreward_asks_the_question_of_a_file(tmp_path):
+    file = tmp_path / "question.txt"
+    file.write_text("<image> How good is {prompt}? Final Score: 1 to 5")
+    _, settings = rewards._server("unifiedreward", f"http://h:1/v1#timeout=3&question={file}")
+    assert settings["question"] == file.read_text() and settings["timeout"] == 3
+    for text in ("no slot. Final Score: x", "{prompt} without the words", "{prompt} {prompt} Final Score: x"):
+        file.write_text(text)
+        with pytest.raises(rewards.UsageError, match="question="):
+            rewards._server("unifiedreward", f"http://h:1/v1#question={file}")
+    with pytest.raises(rewards.UsageError, match="question="):
+        rewards._server("unifiedreward", f"http://h:1/v1#question={tmp_path / 'absent'}")
+    with pytest.raises(rewards.UsageError, match="question"):
+        rewards._server("deqa", f"http://h:1/v1#question={file}")
