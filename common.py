@@ -372,6 +372,8 @@ def run_main(main, parse_args, usage_error: type[Exception]) -> None:
     try:
         main(args)
     except (UsageError, usage_error) as problem:
+        if made := getattr(args, "made_dir", None):  # nothing ran yet: the corrected command may use the name
+            shutil.rmtree(made, ignore_errors=True)
         print(f"{Path(sys.argv[0]).name}: error: {problem}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
@@ -436,9 +438,10 @@ def setup(args, method: str) -> Run:
     args.run_dir = str(folder)
     run = Run(folder, device, dtype, rank, world, method=method)
     if run.is_main and not args.resume:
+        args.made_dir = None if folder.exists() else str(folder)
         (folder / "samples").mkdir(parents=True, exist_ok=True)
         (folder / "checkpoints").mkdir(exist_ok=True)
-        skip = {"prompt_list", "eval_prompt_list", "argv", "changed", "run_dir", "resume", "dry_run", "paths", "eval_paths"}
+        skip = {"prompt_list", "eval_prompt_list", "argv", "changed", "run_dir", "made_dir", "resume", "dry_run", "paths", "eval_paths"}
         plain = {k: v for k, v in vars(args).items() if k not in skip}
         write_json(folder / "args.json", {"method": method, "args": plain})
         (folder / "command.txt").write_text(shlex.join([Path(sys.executable).name, *sys.argv]) + "\n")
@@ -1347,6 +1350,7 @@ class Recorder:
             run.start_epoch = state["epoch"]
         terms = [f"reward/{t.name}" for t in reward.terms]
         held = [f"eval/{t.name}" for r in (reward, more) if r for t in r.terms]
+        args.made_dir = None  # from here on the folder is worth keeping
         self.logger = Logger(run, args, [
             "reward/mean", "reward/std", *terms, *keys, "grad/bad_steps", "calls/network", "time/rollout", "time/reward",
             "time/update", "mem/peak_gb", "eval/reward", "eval/reward_se", *held])  # fmt: skip

@@ -41,7 +41,7 @@ GENEVAL = SD35 | dict(num_prompts=48, reward="geneval-reward", prompts="prompts/
 AESTHETIC = SD35 | dict(reward="aesthetic", prompts="prompts/pickscore_train.txt", eval_prompts="prompts/pickscore_test.txt",
                         kl="heuristic", beta=0.01, epochs=150)  # fmt: skip
 RSM = dict(loss="hinge", reweight="none", fair_clip="guard")
-SD15 = dict(grouping="prompt", loss="hinge", reweight="pcpo", kl="none", lora_rank=16, lora_alpha=16, num_prompts=8, epochs=300)
+SD15 = dict(model="sd15", steps=50, eval_steps=50, cfg=5.0, ema_decay=0.0, micro_batch_size=8, grouping="prompt", loss="hinge", reweight="pcpo", kl="none", lora_rank=16, lora_alpha=16, num_prompts=8, epochs=300)
 PRESETS = {
     # TempFlow-GRPO as released; RSM's baselines
     "tempflow-sd35-geneval": GENEVAL,
@@ -105,14 +105,20 @@ def check(args):
             raise common.UsageError(f"--profile {args.profile} is unknown; use {', '.join(PROFILES)}, a list 'B_0,B_1,...' or 'step:B,...'")
         if args.grouping == "seed" and args.widths and 1 in args.widths:
             raise common.UsageError(f"--profile {args.profile} has a step with one child, and --grouping seed compares the children of a state; use 2 or more, or --grouping prompt")
+        if args.grouping == "prompt" and args.group_size < 2 and args.widths and 1 in args.widths:
+            raise common.UsageError(f"--profile {args.profile} has a step with one child, --group-size {args.group_size} leaves it alone in its group; use 2 or more of either")
         if not args.widths:
             named_profile(args, None)
-    if args.grouping == "prompt" and args.group_size < 2 and args.branching == "tree" and not args.splits:
+    if args.grouping == "prompt" and args.group_size < 2 and args.branching == "tree" and 0 not in args.splits:
         raise common.UsageError(f"--group-size {args.group_size} leaves one image per prompt and nothing to compare; use 2 or more")
     if args.branching == "tree" and args.grouping == "seed" and 0 not in args.splits:
         raise common.UsageError("--branching tree --grouping seed compares nodes of one tree, which has one node before the first split; use --tree-splits 0,... or --grouping prompt")
     if args.entropy and (args.branching, args.tail) == ("trunk", "ode"):
         raise common.UsageError(f"--entropy {args.entropy} needs stochastic later steps; use --branching tree or --tail sde")
+    if args.anchor_beta and args.branching == "tree":
+        raise common.UsageError(f"--anchor-beta {args.anchor_beta} belongs to the trunk's states without children, a tree has none; leave it out")
+    if args.shared_noise and args.branching == "trunk" and args.group_size > 1:
+        raise common.UsageError(f"--shared-noise makes the {args.group_size} trunks of a prompt identical; use --group-size 1 and a wider --profile")
     if args.loss == "rsm" and (args.kl != "true" or not args.beta > 0):
         raise common.UsageError("--loss rsm writes policy term and KL as one square (Eq. 10); use --kl true and --beta above 0, or --loss hinge")
     if args.loss == "ppo" and args.reweight == "pcpo" or args.loss == "rsm" and args.fair_clip != "none":
@@ -124,6 +130,12 @@ def check(args):
     for name in ("clip_range", "adv_clip", "tempflow_scale"):
         if not getattr(args, name) > 0:
             raise common.UsageError(f"--{name.replace('_', '-')} {getattr(args, name)} must be above 0")
+    if args.anchor_max_ratio is not None and args.anchor_max_ratio < 0:
+        raise common.UsageError(f"--anchor-max-ratio {args.anchor_max_ratio} is negative; use 0 or more")
+    if args.widths:
+        states = args.num_prompts * args.group_size * (sum(map(bool, args.widths)) + len(anchor_steps(args, args.widths)))
+        if args.updates_per_epoch > states:
+            raise common.UsageError(f"--updates-per-epoch {args.updates_per_epoch} is more than the {states} states of an epoch; use fewer")
     for name in ("beta", "anchor_beta", "entropy", "pcpo_w"):
         if getattr(args, name) < 0:
             raise common.UsageError(f"--{name.replace('_', '-')} {getattr(args, name)} is negative; use 0 or more")
@@ -136,17 +148,27 @@ def sizes(args) -> dict[str, str]:
     widths = args.widths or named_profile(args, None)
     if widths is None:
         return lines | {"children": f"profile {args.profile}: generated from the model's grid when it is loaded"}
+    rows, training = sum(widths), [i for i, b in enumerate(widths) if b]
     if args.branching == "tree":
-        leaves = 2 ** len(args.splits)
-        return lines | {"leaves per image": str(leaves), "decodes and reward evaluations per epoch": f"{samples * leaves} images"}
-    active, rows = [i for i, b in enumerate(widths) if b], sum(widths)
-    parents = len(anchor_steps(args, widths)) + len(active)
-    calls = network_evaluations(widths, max([*active, *anchor_steps(args, widths)]))
+        nodes, calls, parents, children = 1, 0, 0, 0
+        for b in widths:
+            calls, parents, children = calls + nodes, parents + nodes * bool(b), children + nodes * b
+            nodes *= b or 1
+        kept, tails = 0, 0
+        lines |= {"leaves per image": str(nodes)}
+    else:
+        anchors = anchor_steps(args, widths)
+        calls, children, nodes, parents = network_evaluations(widths, max([*training, *anchors])), rows, rows, len(training) + len(anchors)
+        kept = len(anchors) * samples
+        if args.anchor_max_ratio is not None:
+            kept = min(kept, int(args.anchor_max_ratio * samples * rows))
+        tails = sum(b * max(0, args.train_steps - 1 - i) for i, b in enumerate(widths)) if args.entropy else 0
+        lines |= {"children per image": f"{rows} on {len(training)} steps: {' '.join(map(str, widths))}"}
+    states = samples * len(training) + kept if args.branching == "trunk" else samples * parents
     return lines | {
-        "children per image": f"{rows} on {len(active)} steps: {' '.join(map(str, widths))}",
-        "network evaluations per epoch": f"{samples * calls * passes} in the rollout ({samples * (calls + rows) * passes} if parents were evaluated again), {samples * parents * passes} with gradient, {samples * parents * passes * needs_reference(args)} of the reference",
-        "decodes and reward evaluations per epoch": f"{samples * rows} images",
-        "training rows per epoch": f"{samples * rows}",
+        "network evaluations per epoch": f"{samples * calls * passes} in the rollout ({samples * (calls + rows) * passes} if parents were evaluated again), {states * passes * args.inner_epochs} with gradient, {samples * (parents + tails) * passes * needs_reference(args)} of the reference",
+        "decodes and reward evaluations per epoch": f"{samples * nodes} images",
+        "training rows per epoch": f"{samples * children}",
     }
 
 
@@ -183,7 +205,9 @@ def parse_profile(text: str, train_steps: int, steps: int) -> list[int]:
     widths = [0] * steps
     try:
         items = [item.split(":") for item in text.split(",")]
-        pairs = [(int(item[0]), int(item[1])) if len(item) == 2 else (n, int(item[0])) for n, item in enumerate(items)]
+        pairs = [(n, int(*item)) if len(item) == 1 else tuple(map(int, item)) for n, item in enumerate(items)]
+        if any(len(pair) != 2 for pair in pairs):
+            raise ValueError
     except ValueError:
         raise common.UsageError(f"--profile {text} is not a list of numbers 'B_0,B_1,...' or 'step:B,...'") from None
     for i, b in pairs:
@@ -211,9 +235,9 @@ def named_profile(args, sigma: list[float] | None) -> list[int] | None:
     if sigma is None and power:
         return None
     widths = make_profile(sigma or [1.0] * args.steps, power, total, inactive)
-    least = 2 if args.grouping == "seed" else 1
+    least = 2 if args.grouping == "seed" or args.group_size < 2 else 1
     if min(widths[: before_last - inactive]) < least:
-        raise common.UsageError(f"--profile-total {total} leaves a step with fewer than {least} children ({' '.join(map(str, widths))}); raise it")
+        raise common.UsageError(f"--profile-total {total} leaves a step with fewer than {least} children ({' '.join(map(str, widths))}, --group-size {args.group_size}); raise it")
     return widths
 
 
@@ -374,13 +398,15 @@ def main(args):
     sde = pcpo_grid(native, args.pcpo_w) if args.reweight == "pcpo" and policy.kind == "eps" and args.pcpo_w else native
     trainable = common.policy_steps(sde, args.train_steps)
     widths = args.widths or named_profile(args, sde.sigma.tolist())
+    if args.branching == "tree":
+        widths = [b if i in trainable else 0 for i, b in enumerate(widths)]
     if without := [i for i, b in enumerate(widths) if b and i not in trainable]:
         raise common.UsageError(f"--profile has children at step {without[0]}, which has no noise with kernel {args.kernel}; leave it out")
     if run.is_main and args.branching == "trunk":
         print(f"children per step: {' '.join(map(str, widths))}")
     with_children = [i for i, b in enumerate(widths) if b]
     mean_width = sum(widths) / len(with_children)
-    weights = pcpo_weights(native, with_children)
+    weights = pcpo_weights(native, with_children if policy.kind == "flow" else trainable)
     optimiser = common.Optimiser(args, run, params)
     means = ["loss/total", "loss/policy", "loss/kl", "loss/anchor", "kl/ref", "ratio/mean", "ratio/clip_frac", "ratio/approx_kl", "adv/mean", "adv/zero_std_frac"]
     tops = ["ratio/max", "ratio/start_deviation"]
@@ -425,7 +451,7 @@ def main(args):
                 group = seeds * width * count // len(batch.prompts)
                 adv, equal = common.group_advantage(level.value.flatten(), group, "group", run)
                 children.append((level.z.flatten(0, 1), adv.clamp(-args.adv_clip, args.adv_clip), equal))
-                spread[f"value_std/{i:02d}"] = level.value.view(-1, group).std(1, correction=0).mean().item()
+                spread[f"value_std/{i:02d}"] = common.gather(level.value.view(-1, group).std(1, correction=0), run).mean().item()
         x_t, o_old, o_ref = (torch.cat(c) if c[0] is not None else None for c in list(zip(*parents))[:3])
         step, width = (torch.cat(c) for c in list(zip(*parents))[3:])
         z, adv, equal = (torch.cat(c) for c in zip(*children))

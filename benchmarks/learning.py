@@ -19,19 +19,21 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import torch
+
 ROOT = Path(__file__).resolve().parent.parent
 RELEASE = "--weight ghuber --train-timesteps 6 --train-fraction 0.9 --skip-first --adv-norm global --adv-scale 5 --clip-range 1 --ratio exp-each --offpolicy none --updates-per-epoch 1 --beta 0.003 --lag-coef 1 --sampler SASolverScheduler"
 VARIANTS = {  # name: command; flags of one preset only; epochs by preset (None: the preset's own)
     "vmpo-r2g-group": ("vmpo.py --potential r2g --mean group", {}, None),
     "vmpo-r2g-amortised": ("vmpo.py --potential r2g --mean time_prompt", {}, None),
     "vmpo-diff": ("vmpo.py --potential diff --mean group", {}, None),
-    "grpo": ("grpo.py", {}, (100, 80)),
-    "dr-grpo": ("grpo.py --adv-norm none --beta 0.0125", {}, (100, 80)),
-    "guard": ("grpo.py --loss guard", {"tiny": "--beta 0.5", "tiny-sd15": "--beta 0.3"}, (100, 80)),
-    "pcpo": ("grpo.py --loss pcpo", {"tiny-sd15": "--pcpo-weights loss-only"}, (100, 80)),
-    "awm": ("awm.py", {}, (100, 80)),
-    "awm-release": (f"awm.py {RELEASE}", {}, (100, 80)),
-    "nft": ("awm.py --objective nft --offpolicy lagged --updates-per-epoch 1 --adv-norm global --beta 1e-4 --lag-decay-max 0.5", {}, (100, 80)),
+    "grpo": ("grpo.py", {}, (100, 60)),
+    "dr-grpo": ("grpo.py --adv-norm none --beta 0.0125", {}, (100, 60)),
+    "guard": ("grpo.py --loss guard", {"tiny": "--beta 0.5", "tiny-sd15": "--beta 0.3"}, (100, 60)),
+    "pcpo": ("grpo.py --loss pcpo", {"tiny-sd15": "--pcpo-weights loss-only"}, (100, 60)),
+    "awm": ("awm.py", {}, (100, 60)),
+    "awm-release": (f"awm.py {RELEASE}", {}, (100, 60)),
+    "nft": ("awm.py --objective nft --offpolicy lagged --updates-per-epoch 1 --adv-norm global --beta 1e-4 --lag-decay-max 0.5", {}, (100, 60)),
 }
 PRESETS = ("tiny", "tiny-sd15")
 IMAGES = 64  # per epoch, in both presets
@@ -70,22 +72,35 @@ def rows_of(folder):
         return list(csv.DictReader(f))
 
 
+def scores_at(folder, epoch):
+    """{reward: (images,) scores} of the held-out images after this epoch."""
+    found = json.loads((folder / "eval" / f"epoch_{epoch:04d}.json").read_text())
+    return {name: torch.tensor(values, dtype=torch.float64) for name, values in found.items() if name != "prompts"}
+
+
 def run(args, preset, variant, seed):
     script, flags = flags_of(preset, variant, args.epochs)
-    name = f"{preset}_{variant}_s{seed}"
+    folder = args.out / f"{preset}_{variant}_s{seed}"
     command = [sys.executable, script, *flags, "--seed", str(seed)]
-    command += ["--runs", str(args.out), "--name", name, "--sample-every", "0", "--eval-every", "20"]
-    summary = args.out / name / "summary.json"
-    if (args.out / name / "checkpoints" / "last").exists():
-        command = [sys.executable, script, "--resume", str(args.out / name)]  # an interrupted run goes on
-    elif (args.out / name).exists():
-        shutil.rmtree(args.out / name)
-    if not summary.exists():
+    command += ["--runs", str(args.out), "--name", folder.name, "--sample-every", "0", "--eval-every", "20"]
+    if (folder / "checkpoints" / "last").exists():
+        command = [sys.executable, script, "--resume", str(folder)]  # an interrupted run goes on
+    elif folder.exists():
+        shutil.rmtree(folder)
+    epochs = int(flags[flags.index("--epochs") + 1]) if "--epochs" in flags else None
+    done = epochs and (folder / "eval" / f"epoch_{epochs:04d}.json").exists()  # a longer run holds the shorter one
+    if not done and not (folder / "summary.json").exists():
         start(command)
-    result = json.loads(summary.read_text())
-    curve = [[int(r["epoch"]), float(r["eval/reward"])] for r in rows_of(args.out / name) if r["eval/reward"]]
-    shown = ["python", script, *flags, "--seed", str(seed)]
-    return {"preset": preset, "variant": variant, **result, "command": " ".join(shown), "curve": curve}
+    epochs = epochs or json.loads((folder / "summary.json").read_text())["epochs"]
+    row = {"preset": preset, "variant": variant, "seed": seed, "epochs": epochs, "before": {}, "after": {}, "gain": {}, "gain_se": {}}
+    before, after = scores_at(folder, 0), scores_at(folder, epochs)
+    for name in ("shapes", "shapes-strict"):
+        gain = after[name] - before[name]
+        row["before"][name], row["after"][name] = before[name].mean().item(), after[name].mean().item()
+        row["gain"][name], row["gain_se"][name] = gain.mean().item(), gain.std().item() / len(gain) ** 0.5
+    rows = [r for r in rows_of(folder) if int(r["epoch"]) <= epochs]
+    row["curve"] = [[int(r["epoch"]), float(r["eval/reward"])] for r in rows if r["eval/reward"]]
+    return row | {"command": " ".join(["python", script, *flags, "--seed", str(seed)])}
 
 
 def seconds_per_epoch(args, preset, variant):
