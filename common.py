@@ -640,6 +640,15 @@ class Policy:
         finally:
             self.net.enable_adapters()
 
+    @contextmanager
+    def whole_gradient(self):
+        """Gradients with respect to x_t need both branches of the guidance: --detach-uncond is for theta's only."""
+        kept, self.detach_uncond = self.detach_uncond, False
+        try:
+            yield
+        finally:
+            self.detach_uncond = kept
+
     def decode(self, x0: torch.Tensor) -> torch.Tensor:
         """Latents (B, C, h, w) -> images (B, 3, H, W) in [0, 1], float32; differentiable where gradients are on."""
         self.decode_calls += 1

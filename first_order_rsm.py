@@ -29,6 +29,8 @@ Port:  copy the functions under "method": tensors in, tensors out.
 """
 
 import argparse
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -38,7 +40,7 @@ from tqdm import tqdm
 import common
 import rewards
 
-TINY = common.TINY | dict(reward="clipscore", reward_path=["tiny/clip"], eval_rewards="shapes,shapes-strict", guidance_quantile=0.0)
+TINY = common.TINY | dict(reward="clipscore", reward_path=[str(common.HERE / "tiny" / "clip")], eval_rewards="shapes,shapes-strict", guidance_quantile=0.0)
 FLOW = dict(model="sd3.5-medium", method="vgg-flow", reward="hpsv2", prompts="prompts/geneval_train_prompts.txt", num_prompts=32, group_size=1,
             steps=20, eval_steps=40, cfg=5.0, detach_uncond=True, train_fraction=1.0, updates_per_epoch=1, lr=5e-4, weight_decay=1e-2,
             lora_rank=8, lora_alpha=8, epochs=200, micro_batch_size=4, dtype="bfloat16")  # fmt: skip
@@ -53,7 +55,7 @@ PRESETS = {
     "residual-db-sd15-hpsv2": DIFFUSION,
     "rsm-sd15-hpsv2": DIFFUSION | dict(guidance="terminal", temporal="constant", residual_scale="sigma", lr=4e-3),
     # SQDF as released, without its buffer and with the reference as look-ahead
-    "sqdf-sd15-aesthetic": dict(model="sd15", method="sqdf", reward="aesthetic", prompts="prompts/simple_animals.txt", num_prompts=64, group_size=1, step_every=50, updates_per_epoch=1, lr=1e-3),
+    "sqdf-sd15-aesthetic": dict(model="sd15", method="sqdf", reward="aesthetic", prompts="prompts/simple_animals.txt", num_prompts=64, group_size=1, step_every=50, last_step=False, guidance_clip=float("inf"), guidance_quantile=0.0, updates_per_epoch=1, lr=1e-3),
     # the embedded models: coloured shapes on a CPU, rewarded by a small CLIP (ours; docs/first_order_rsm.md)
     "tiny": TINY | dict(model="tiny-sd35", method="vgg-flow", scale=100.0, lr=4e-4, epochs=100),
     "tiny-sd15": TINY | dict(model="tiny-sd15", method="residual-db", scale=100.0, lr=4e-4, epochs=100, train_fraction=0.9),
@@ -81,6 +83,7 @@ def parse_args(argv=None):
     g.add_argument("--denoiser", default="auto", choices=["auto", "policy", "reference"], help="whose x0_hat (SQDF: frozen)")
     g.add_argument("--lookahead-model", default="", metavar="PATH", help="sqdf: folder or hub id of a frozen one-step denoiser (unet/ or transformer/), e.g. a fused LCM-LoRA, run without guidance (SQDF)")
     g.add_argument("--step-every", type=int, default=1, help="train one random step of each N per image, and the last (RSM, diffusion: 5, i.e. 11 of 50); 1 = all")
+    g.add_argument("--last-step", action=yes_no, default=True, help="with --step-every: the last trained step of every image as well (RSM; SQDF: no)")
     g.add_argument("--guidance-clip", type=float, default=1.0, help="norm at which g is clipped per sample in an epoch's first update (RSM: 1)")
     g.add_argument("--guidance-quantile", type=float, default=0.8, help="after an update the clip becomes this quantile of its norms, over all processes, until the epoch ends (VGG-Flow, RSM: 0.8); 0 = fixed")
     g.add_argument("--value-net", action=yes_no, default=False, help="vgg-flow: a learned residual of the value gradient, trained by consistency along the flow and at the end (VGG-Flow; RSM: useless)")
@@ -102,14 +105,14 @@ def check(args):
     args.scale = scale if args.scale is None else args.scale
     args.jacobian = jacobian if args.jacobian is None else args.jacobian
     for name, _ in rewards.parse_spec(args.reward):
-        if name in rewards.REWARDS and not rewards.is_differentiable(name):
+        if not rewards.is_differentiable(name):
             raise common.UsageError(f"--reward {name} has no gradient, and {args.method} is a first-order method; use e.g. hpsv2, clipscore, imagereward or aesthetic, or a zeroth-order trainer (tempflow_rsm.py, grpo.py)")
     for name in ("scale", "alpha", "guidance_clip", "gamma", "net_lr"):
         if not getattr(args, name) > 0:
             raise common.UsageError(f"--{name.replace('_', '-')} {getattr(args, name)} must be above 0")
     if args.gamma > 1 or not 0 <= args.guidance_quantile < 1:
         raise common.UsageError(f"--gamma {args.gamma} must be at most 1 and --guidance-quantile {args.guidance_quantile} in [0, 1)")
-    if args.old_coef < 0 or args.value_terminal < 0:
+    if not (args.old_coef >= 0 and args.value_terminal >= 0):
         raise common.UsageError(f"--old-coef {args.old_coef} and --value-terminal {args.value_terminal} must be 0 or more")
     if not 1 <= args.step_every <= args.train_steps:
         raise common.UsageError(f"--step-every {args.step_every} must lie between 1 and the {args.train_steps} trained steps")
@@ -117,28 +120,39 @@ def check(args):
         raise common.UsageError(f"--residual-scale {args.residual_scale} belongs to residual-db, --method is {args.method}; leave it out")
     if args.lookahead_model and (args.method != "sqdf" or args.guidance != "lookahead"):
         raise common.UsageError("--lookahead-model belongs to --method sqdf --guidance lookahead; leave it out")
-    if args.value_net and (args.method != "vgg-flow" or args.kind != "flow" or args.step_every != 1 or args.guidance == "terminal"):
-        raise common.UsageError("--value-net belongs to --method vgg-flow on a flow model, all steps, guidance current or lookahead; leave it out")
+    if args.temporal == "sigma" and args.method == "vgg-flow":
+        raise common.UsageError("--temporal sigma is 0 on vgg-flow's deterministic rollout; use linear, quad or constant")
+    for name in ("tiny_vae", "lookahead_model"):
+        if (path := getattr(args, name)) and not Path(path).is_dir():
+            if path.count("/") != 1:
+                raise common.UsageError(f"--{name.replace('_', '-')} {path} is neither a folder nor a hub id such as owner/name")
+            common.require_hub(path, f"--{name.replace('_', '-')} {path}")
+    if args.value_net and args.train_steps != args.steps:
+        raise common.UsageError(f"--value-net follows the value gradient to the end, and {args.train_steps} of {args.steps} steps are trained; use --train-fraction 1")
+    if args.value_net and (args.method != "vgg-flow" or args.kind != "flow" or args.step_every != 1 or args.guidance != "current"):
+        raise common.UsageError("--value-net belongs to --method vgg-flow on a flow model, all steps, --guidance current; leave it out")
     if args.flow_net and args.method != "residual-db":
         raise common.UsageError(f"--flow-net belongs to residual-db, --method is {args.method}; leave it out")
     common.check_updates(args, args.num_prompts * args.group_size * len(intervals(args)))
 
 
 def intervals(args) -> list[tuple[int, int]]:
-    """The (first, end) of each interval of trained steps, from which one is drawn; with --step-every also the last step."""
+    """The (first, end) of each interval of trained steps, from which one is drawn; with --last-step also the last step."""
     n, every = args.train_steps, args.step_every
     pieces = [(i, min(i + every, n)) for i in range(0, n, every)]
-    return pieces + ([(n - 1, n)] if every > 1 else [])
+    return pieces + ([(n - 1, n)] if every > 1 and args.last_step else [])
 
 
 def sizes(args) -> dict[str, str]:
     """The lines of --dry-run."""
     samples, passes, rows = args.num_prompts * args.group_size, 2 if args.cfg != 1 else 1, len(intervals(args))
-    again = samples * rows * passes if args.jacobian and args.guidance != "terminal" else 0
+    asked = args.guidance != "terminal" and (args.jacobian or args.denoiser == "reference" or args.lookahead_model)
+    again = samples * rows * (1 if args.lookahead_model else passes) if asked else 0
+    train = samples * rows * args.inner_epochs * passes * (2 if args.value_net else 1)
     return {
         "samples per epoch": f"{samples} = {args.num_prompts} prompts x {args.group_size}",
         "guidance": f"{args.guidance}, temporal weight {args.temporal}, scale {args.scale:g}",
-        "network evaluations per epoch": f"{samples * args.steps * passes} in the rollout, {samples * args.train_steps * passes} of the reference, {again} in the reward gradient, {samples * rows * args.inner_epochs * passes} with gradient",
+        "network evaluations per epoch": f"{samples * args.steps * passes} in the rollout, {samples * args.train_steps * passes} of the reference, {again} in the reward gradient, {train} with gradient",
         "reward gradients per epoch": f"{samples * (1 if args.guidance == 'terminal' else rows)} images, through decoder and reward",
         "transitions per epoch": f"{samples * rows}, {samples * rows // args.updates_per_epoch} per update",
     }
@@ -346,12 +360,16 @@ class RewardGradient:
                 o = self.net(x.to(self.policy.dtype), embeds, cond.pooled[cond.index], time, return_dict=False)[0].float()
             else:
                 o = self.net(x.to(self.policy.dtype), time, embeds, return_dict=False)[0].float()
-        elif self.args.denoiser == "reference":
-            with self.policy.reference():
-                o = self.policy.predict(x, time, cond, self.args.cfg)
         else:
             o = self.policy.predict(x, time, cond, self.args.cfg)
         return grid.x0_hat(x, o, i)
+
+    @contextmanager
+    def frozen(self):
+        """The chosen denoiser, for a forward pass and its backward, which checkpointing repeats."""
+        reference = self.args.denoiser == "reference" and self.net is None
+        with self.policy.whole_gradient(), self.policy.reference() if reference else nullcontext():
+            yield
 
 
 def guidance(policy, gradient, grid, path, chosen, batch, args) -> torch.Tensor:
@@ -364,19 +382,20 @@ def guidance(policy, gradient, grid, path, chosen, batch, args) -> torch.Tensor:
         n, k = torch.tensor(rows[start : start + size]).unbind(1)
         texts, extra = [batch.texts[j] for j in n], [batch.metadata[j] for j in n]
         i = chosen[n, k] + (args.guidance == "lookahead")
-        if args.guidance == "terminal":
-            x = path.x[n, -1].clone().requires_grad_()
-            total = gradient.reward_of(x, texts, extra)
-        elif args.jacobian:
-            x = path.x[n, i].clone().requires_grad_()
-            inner = i.clamp(max=grid.steps - 1)
-            x0 = gradient.x0_hat(grid, x, inner, path.cond[n])
-            end = (i == grid.steps).to(x.device)[:, None, None, None]  # the terminal latent is its own estimate
-            total = gradient.reward_of(torch.where(end, x, x0), texts, extra)
-        else:
-            x = frozen_estimate(gradient, grid, path, n, i).requires_grad_()
-            total = gradient.reward_of(x, texts, extra)
-        g[n, k] = torch.autograd.grad(total.sum(), x)[0]
+        with gradient.frozen():
+            if args.guidance == "terminal":
+                x = path.x[n, -1].clone().requires_grad_()
+                total = gradient.reward_of(x, texts, extra)
+            elif args.jacobian:
+                x = path.x[n, i].clone().requires_grad_()
+                inner = i.clamp(max=grid.steps - 1)
+                x0 = gradient.x0_hat(grid, x, inner, path.cond[n])
+                end = (i == grid.steps).to(x.device)[:, None, None, None]  # the terminal latent is its own estimate
+                total = gradient.reward_of(torch.where(end, x, x0), texts, extra)
+            else:
+                x = frozen_estimate(gradient, grid, path, n, i).requires_grad_()
+                total = gradient.reward_of(x, texts, extra)
+            g[n, k] = torch.autograd.grad(total.sum(), x)[0]
     return g[:, :1].expand(-1, width, -1, -1, -1) if args.guidance == "terminal" else g
 
 
@@ -405,9 +424,9 @@ def value_loss(policy, net, grid, path, chosen, g, eta, n, k, limit, args) -> to
     here = grid.at(eta, i, path.x[n, i]) * clip_norm(g[n, k], limit)
     there = grid.at(eta, chosen[n, after], here) * clip_norm(g[n, after], limit)
     value_t = here + net(path.x[n, i], t[i])
-    value_s = torch.where(end, here, there) + net(path.x[n, i + 1], t[i + 1])
+    value_s = torch.where(end, clip_norm(g[n, k], limit), there) + net(path.x[n, i + 1], t[i + 1])
     x = path.x[n, i].clone().requires_grad_()
-    with policy.reference(), torch.enable_grad():
+    with policy.reference(), policy.whole_gradient(), torch.enable_grad():
         v_ref = policy.predict(x, grid.time(i, len(n), x.device), path.cond[n], args.cfg)
         carried = torch.autograd.grad((v_ref * value_t.detach()).sum(), x)[0]
     error = (value_s - value_t) / grid.at(grid.dt, i, x) - carried

@@ -96,6 +96,8 @@ def check(args):
         raise common.UsageError(f"--potential learned changes u_t during the update, --mean {args.mean} is taken before it; use --mean time_prompt")
     if args.kl_denom == "g2" and args.kind == "eps":
         raise common.UsageError(f"--kl-denom g2 needs a flow model (g_t of its SDE), --model {args.model} is not one; use sigma2")
+    if args.objective in GRADIENT and args.detach_uncond:
+        raise common.UsageError(f"--objective {args.objective} differentiates with respect to x_t, through both branches of the guidance; leave --detach-uncond out")
     if args.objective in GRADIENT:
         for name, _ in rewards.parse_spec(args.reward):
             if name in rewards.REWARDS and not rewards.is_differentiable(name):
