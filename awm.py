@@ -110,7 +110,7 @@ def check(args):
         if not getattr(args, name) > 0:
             raise common.UsageError(f"--{name.replace('_', '-')} {getattr(args, name)} must be above 0")
     for name in ("beta", "lag_coef", "clip_range", "lag_decay_slope"):
-        if getattr(args, name) < 0:
+        if not getattr(args, name) >= 0:
             raise common.UsageError(f"--{name.replace('_', '-')} {getattr(args, name)} is negative; use 0 or more")
     if not 0 <= args.lag_decay_max < 1 or not 0 < args.t_min < 1:
         raise common.UsageError(f"--lag-decay-max {args.lag_decay_max} and --t-min {args.t_min} must lie between 0 and 1")
@@ -120,10 +120,15 @@ def check(args):
         raise common.UsageError(f"--objective nft scales A by --adv-clip itself; leave --adv-scale {args.adv_scale} out")
     if args.kl_weight == "elbo" and args.kind == "eps":
         raise common.UsageError(f"--kl-weight elbo is defined by the flow SDE, --model {args.model} is not a flow model; use uniform")
-    if args.timestep_grid is not None and args.timestep_grid < 2:
-        raise common.UsageError(f"--timestep-grid {args.timestep_grid} is too few; use 2 or more")
-    if args.skip_first and int((args.timestep_grid or args.steps) * args.train_fraction + 1e-9) < 2:
-        raise common.UsageError("--skip-first leaves no step of the grid; raise --steps or --train-fraction")
+    grid, most = args.timestep_grid or args.steps, 500 if args.kind == "eps" else 10**6
+    if not 2 <= grid <= most:
+        raise common.UsageError(f"--timestep-grid {args.timestep_grid} must be 2 to {most}")
+    if int(grid * args.train_fraction + 1e-9) < 1 + args.skip_first:
+        raise common.UsageError(f"--train-fraction {args.train_fraction} leaves no step of --timestep-grid {grid}{', without --skip-first' if args.skip_first else ''}; raise one of them")
+    if args.sampler == "ode" and args.shared_noise:
+        raise common.UsageError("--shared-noise with --sampler ode makes the images of a prompt all the same; use --sampler sde, or leave it out")
+    if args.sampler in ("sde", "ode") and args.sampler_config != "{}":
+        raise common.UsageError(f"--sampler-config is for a scheduler of diffusers, --sampler is {args.sampler}; leave it out")
     try:
         args.sampler_options = json.loads(args.sampler_config)
         assert isinstance(args.sampler_options, dict)
@@ -137,8 +142,10 @@ def check(args):
 def sampler_class(args):
     """The diffusers scheduler of --sampler; UsageError where there is none or it cannot run this model."""
     import diffusers
+    from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers
 
-    cls = getattr(diffusers, args.sampler, None) if args.sampler.endswith("Scheduler") else None
+    exchangeable = {s.name for s in KarrasDiffusionSchedulers} - {"EDMEulerScheduler"} | {"SASolverScheduler"}
+    cls = getattr(diffusers, args.sampler, None) if args.sampler in exchangeable else None
     if cls is None:
         raise common.UsageError(f"--sampler {args.sampler} is unknown; use sde, ode, or a scheduler class of diffusers such as SASolverScheduler")
     accepts = inspect.signature(cls.__init__).parameters
@@ -146,6 +153,12 @@ def sampler_class(args):
         raise common.UsageError(f"--sampler {args.sampler} cannot run a flow model; use e.g. SASolverScheduler, DPMSolverMultistepScheduler or UniPCMultistepScheduler")
     if unknown := set(args.sampler_options) - set(accepts):
         raise common.UsageError(f"--sampler-config: {args.sampler} has no setting {', '.join(sorted(unknown))}")
+    if fixed := {"prediction_type", "use_flow_sigmas", "flow_shift"} & set(args.sampler_options):
+        raise common.UsageError(f"--sampler-config: {', '.join(sorted(fixed))} is the model's own; leave it out")
+    try:
+        cls(**args.sampler_options)
+    except (ImportError, ValueError, TypeError, NotImplementedError) as problem:
+        raise common.UsageError(f"--sampler {args.sampler} with --sampler-config {args.sampler_config}: {' '.join(str(problem).split())}") from None
     return cls
 
 
@@ -153,7 +166,9 @@ def sizes(args) -> dict[str, str]:
     """The lines of --dry-run."""
     samples, passes, train = args.num_prompts * args.group_size, 2 if args.cfg != 1 else 1, 2 if args.train_cfg != 1 else 1
     rows = samples * args.train_timesteps * args.inner_epochs * train
-    half = rows * (args.updates_per_epoch - 1) // args.updates_per_epoch if args.offpolicy == "half" else 0
+    # theta_old is asked once for every image that comes after the first update
+    later = samples if args.inner_epochs > 1 else samples - samples // args.updates_per_epoch
+    half = later * args.train_timesteps * train if args.offpolicy == "half" else 0
     return {
         "samples per epoch": f"{samples} = {args.num_prompts} prompts x {args.group_size}",
         "noisings": f"{args.train_timesteps} per image, law {args.timesteps}",
@@ -293,6 +308,8 @@ def sample(policy, args, batch, epoch: int, desc: str) -> torch.Tensor:
         else:
             scheduler = cls.from_config(base, **flow, **args.sampler_options)  # fresh: multistep solvers have a memory
             scheduler.set_timesteps(args.steps)
+            if policy.kind == "flow" and scheduler.sigmas[-1] > 0:
+                scheduler.sigmas[-1] = 1e-3  # ours: SASolver and DEIS end at the last step's start, on a noisy latent
             generators = [common.generator("sampler", args.seed, epoch, j) for j in batch.indices[rows]]
             given = {"generator": generators} if "generator" in inspect.signature(scheduler.step).parameters else {}
             x = x * scheduler.init_noise_sigma
@@ -352,13 +369,13 @@ def main(args):
         old = torch.full((len(x0), args.train_timesteps), torch.nan, dtype=torch.float64, device=run.device)
         if args.offpolicy == "half" and len(passes) > 1:  # l_old of all but the first update's images, with theta_old
             todo = torch.cat(passes[1:]).unique()
-            for rows in todo.split(images):
+            for rows in common.micro_batches(todo, images):
                 x_t, target, timestep, t, _, _ = noising(x0[rows], epoch, [batch.indices[j] for j in rows])
                 with torch.no_grad():
                     old[rows] = matching_error(output(rows), target.flatten(0, 1)).view_as(t)
         for update, part in enumerate(passes):
             bar = tqdm(total=len(part), desc=f"update {update + 1}", leave=False, disable=not run.is_main or None)
-            for rows in part.split(images):
+            for rows in common.micro_batches(part, images):
                 # 4a: noisy data, and what the frozen policies say about it
                 x_t, target, timestep, t, alpha, nu = noising(x0[rows], epoch, [batch.indices[j] for j in rows])
                 target, a = target.flatten(0, 1), adv[rows]

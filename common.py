@@ -968,6 +968,11 @@ def shuffled_rows(args, run: Run, steps: list[int], epoch: int, inner: int) -> l
     return [p[(p[:, 0] >= first) & (p[:, 0] < first + local)] - torch.tensor([first, 0]) for p in parts]
 
 
+def micro_batches(rows: torch.Tensor, size: int) -> tuple[torch.Tensor, ...]:
+    """rows in pieces of at most `size`; none where a process has no rows in an update (it still joins the all-reduce)."""
+    return rows.split(size) if len(rows) else ()
+
+
 class EMA:
     """Averaged copies of the trained weights; `applied()` swaps them in (not between a forward pass and its backward)."""
 
@@ -1074,7 +1079,7 @@ def optimizer_step(optimizer, params, max_norm: float, run: Run, scaler=None) ->
 
 # ---- stats ----------------------------------------------------------------------------------------------------------
 def group_advantage(reward: torch.Tensor, group_size: int, mode: str, run: Run) -> tuple[torch.Tensor, torch.Tensor]:
-    """Advantages (B,) of rewards (B,), group-major, and which samples' group has one reward only (their A is 0).
+    """Advantages (B,) of rewards (B,), group-major, and which samples' group has one reward only (A is 0 there, but for raw).
 
     group: (r - mean) / (std + 1e-4) of the prompt's K samples (GRPO); global: the same mean, the std of all rewards of
     the epoch (Flow-GRPO); none: r - mean (Dr.GRPO; VMPO Eq. 20); rloo: r - mean of the other K - 1; raw: r itself.
@@ -1121,7 +1126,7 @@ class Stats:
                 self.sums[key][j] = self.sums[key][j] + part
 
     def top(self, key: str, value: float) -> None:
-        self.tops[key] = max(self.tops[key], value)
+        self.tops[key] = value if math.isnan(value) else max(self.tops[key], value)
 
     def result(self, run: Run, std: tuple[str, ...] = ()) -> dict[str, float]:
         """{key: mean}, {"x/std": standard deviation} for the "x/mean" in `std`, and the maxima."""

@@ -257,7 +257,7 @@ def main(args):
         for inner in range(args.inner_epochs):
             for update, part in enumerate(common.shuffled_rows(args, run, list(range(chosen.shape[1])), epoch, inner)):
                 bar = tqdm(total=len(part), desc=f"update {update + 1}", leave=False, disable=not run.is_main or None)
-                for chunk in part.split(args.micro_batch_size):
+                for chunk in common.micro_batches(part, args.micro_batch_size):
                     n, k = chunk.unbind(1)
                     i = chosen[n, k]
                     x_t, o_old, o_ref = path.x[n, i], path.o_old[n, i], path.o_ref[n, i]

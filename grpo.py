@@ -99,7 +99,7 @@ def check(args):
     for name in ("clip_range", "adv_clip", "pcpo_w"):
         if not getattr(args, name) > 0:
             raise common.UsageError(f"--{name.replace('_', '-')} {getattr(args, name)} must be above 0")
-    if args.beta < 0:
+    if not args.beta >= 0:
         raise common.UsageError(f"--beta {args.beta} is negative; use 0 or more")
     if args.sde_window < 0 or args.sde_window_every < 1:
         raise common.UsageError(f"--sde-window {args.sde_window} every {args.sde_window_every} epochs is impossible; use 0 or more steps, every 1 or more")
@@ -222,6 +222,8 @@ def main(args):
     public = args.loss == "pcpo" and args.pcpo_weights == "public"
     sde = pcpo_grid(native, args.pcpo_w) if public else native
     trainable = common.policy_steps(sde, args.train_steps)
+    if args.sde_window and (silent := set(range(*args.sde_window_range)) - set(trainable)):
+        raise common.UsageError(f"--sde-window-range: step {min(silent)} of kernel {args.kernel} has no noise and cannot be trained; end the range before it")
     optimiser = common.Optimiser(args, run, params)
     means = ["loss/total", "loss/policy", "loss/kl", "kl/ref", "ratio/mean", "ratio/clip_frac", "ratio/approx_kl", "adv/mean", "adv/zero_std_frac", "adv/clip_frac"]
     tops = ["ratio/max", "ratio/start_deviation"]
@@ -234,7 +236,7 @@ def main(args):
         steps, grid, first = trainable, sde, 0
         if args.sde_window:
             first = window_start(args.sde_window_mode, args.sde_window, *args.sde_window_range, epoch // args.sde_window_every, args.seed)
-            steps = [i for i in range(first, first + args.sde_window) if i in trainable]
+            steps = list(range(first, first + args.sde_window))
             grid = mixed_grid(sde, ode, steps)
         batch = common.epoch_batch(policy, args, run, epoch)
         reference = steps if needs_reference(args) else ()
@@ -267,7 +269,7 @@ def main(args):
         for inner in range(args.inner_epochs):
             for update, part in enumerate(common.shuffled_rows(args, run, steps, epoch, inner)):
                 bar = tqdm(total=len(part), desc=f"update {update + 1}", leave=False, disable=not run.is_main or None)
-                for chunk in part.split(args.micro_batch_size):
+                for chunk in common.micro_batches(part, args.micro_batch_size):
                     n, i = chunk.unbind(1)
                     x_t, z, o_old = path.x[n, i], path.z[n, i], path.o_old[n, i]
                     a, sigma, dt = adv[n, column[i]], grid.sigma[i].to(x_t), grid.dt[i].to(x_t)

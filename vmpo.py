@@ -291,7 +291,7 @@ def main(args):
         for inner in range(args.inner_epochs):
             for update, part in enumerate(common.shuffled_rows(args, run, steps, epoch, inner)):
                 bar = tqdm(total=len(part), desc=f"update {update + 1}", leave=False, disable=not run.is_main or None)
-                for chunk in part.split(args.micro_batch_size):
+                for chunk in common.micro_batches(part, args.micro_batch_size):
                     n, i = chunk.unbind(1)
                     x_t, z_old, o_old, o_ref = path.x[n, i], path.z[n, i], path.o_old[n, i], path.o_ref[n, i]
                     # 4a: log R and log w of Eq. 1; moved = (mu_theta - mu_old) / sigma, z = (x_s - mu_theta) / sigma

@@ -11,11 +11,15 @@ from pathlib import Path
 
 import pytest
 
+import awm
 import common
+import grpo
 import vmpo
 
 ROOT = Path(__file__).resolve().parent.parent
 ENV = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+SCRIPTS = [vmpo, grpo, awm]
+EACH = pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
 SMALL = (
     "--preset tiny --num-prompts 2 --group-size 2 --steps 3 --eval-images 4 --sample-every 0 --save-every 1".split()
 )
@@ -32,8 +36,10 @@ def call(*flags, script="vmpo.py", cwd=ROOT, **env):
     )
 
 
-def test_help_is_light_grouped_and_complete():
-    probe = "import sys, vmpo\ntry: vmpo.parse_args(['--help'])\nexcept SystemExit: pass\n"
+@EACH
+def test_help_is_light_grouped_and_complete(script):
+    name = script.__name__
+    probe = f"import sys, {name}\ntry: {name}.parse_args(['--help'])\nexcept SystemExit: pass\n"
     probe += "print('HEAVY', [m for m in ('diffusers', 'transformers', 'peft', 'matplotlib') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", probe], cwd=ROOT, env=ENV, capture_output=True, text=True)
     assert "HEAVY []" in done.stdout, done.stderr
@@ -43,54 +49,146 @@ def test_help_is_light_grouped_and_complete():
     assert len(flags) > 50
 
 
-def test_every_flag_is_explained():
-    parser = common.make_parser(vmpo.__doc__, "vmpo")
-    common.add_args(parser)
+def parser_of(script, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(common, "parse", lambda parser, *a: parser)
+        return script.parse_args([])
+
+
+@EACH
+def test_every_flag_is_explained(script, monkeypatch):
+    parser = parser_of(script, monkeypatch)
     for action in parser._actions:
         assert action.help and len(action.help) > 8, action.dest
+    groups = {group.title: {action.dest for action in group._group_actions} for group in parser._action_groups}
+    method = groups["method"]
+    assert len(method) >= 10
+    for action in parser._actions:  # the value of a paper or of its code, or what the flag is if neither has it
+        if action.dest in method and isinstance(action.default, float):
+            assert "(" in action.help, action.dest
+    used = Path(script.__file__).read_text()
+    assert all(re.search(rf"args\.{flag}\b|\"{flag}\"", used) for flag in method)  # no flag without effect
 
 
-def test_dry_run_prints_the_sizes_of_the_papers_experiment_and_loads_nothing():
-    done = call("--preset", "sd15-hpsv2", "--dry-run")
-    assert done.returncode == 0, done.stderr
-    assert "128 = 128 prompts x 1" in done.stdout
-    assert "6400, 3200 per update" in done.stdout  # 128 trajectories x 50 steps, two updates (App. D)
-    assert "6528 images" in done.stdout  # 128 x (50 + 1): Diff scores every step and the end
+def test_one_flag_means_the_same_in_every_script(monkeypatch):
+    """Shared flags have one help text; a method's flag of the same name takes the same type."""
+    parsers = [{a.dest: a for a in parser_of(script, monkeypatch)._actions} for script in SCRIPTS]
+    for one in parsers:
+        for two in parsers:
+            for name in one.keys() & two.keys():
+                assert one[name].type == two[name].type and one[name].nargs == two[name].nargs, name
 
 
-def test_missing_weights_end_in_one_sentence_within_ten_seconds():
-    start = time.time()
-    done = call("--potential", "diff", "--reward", "hpsv2", "--beta", "0.01", "--prompts", "prompts/hpdv2_photo.txt")
-    assert done.returncode == 2 and time.time() - start < 10
-    last = done.stderr.strip().splitlines()[-1]
-    assert last.startswith("vmpo.py: error:") and "tiny" in last
-    assert "HPS_v2.1" in last or "stable-diffusion-v1-5" in last
-
-
-WRONG = [
-    ("--model nowhere", "nowhere"), ("--model /tmp", "model_index.json"), ("--reward shaps", "shapes"),
-    ("--preset tinny", "tinny"), ("--steps 1", "at least 2"), ("--group-size 1", "--group-size"),
-    ("--updates-per-epoch 5", "does not divide"), ("--prompts none.txt", "none.txt"), ("--beta 0", "above 0"),
-    ("--lora-targets to_x", "to_x"), ("--kernel ddim", "ddim"), ("--objective mc --mean time", "--mean"),
-    ("--objective gradient", "differentiable"), ("--runs README.md/x", "README.md"), ("--resume tiny", "tiny"),
-    ("--model tiny-sd15 --kl-denom g2", "g2"), ("--reward no_module:f", "no_module"), ("--noise-level 0", "noise"),
-    ("--lr 0", "--lr"), ("--reward shapes --prompts prompts/simple_animals.txt", "grammar"),
+SIZES = [  # the papers' experiments: what --dry-run must say
+    ("vmpo", "--preset sd15-hpsv2", ["128 = 128 prompts x 1", "6400, 3200 per update",  # 128 x 50 steps (App. D)
+                                     "6528 images"]),  # 128 x (50 + 1): Diff scores every step and the end
+    ("grpo", "--preset vmpo-baseline-sd15-hpsv2", ["128 = 16 prompts x 8", "6400, 3200 per update", "all 50",
+                                                   "128 images", "12800 in the rollout, 0 of the reference, 12800 w"]),
+    ("grpo", "--preset ddpo-sd15", ["256 = 16 prompts x 16", "12800, 3200 per update", "4 per epoch, 400 in all"]),
+    ("grpo", "--preset flowgrpo-sd35-ocr --prompts prompts/ocr_test.txt",
+     ["1152 = 48 prompts x 24", "10368, 5184 per update", "23040 in the rollout, 20736 of the reference, 20736 with"]),
+    ("grpo", "--preset flowgrpo-fast --prompts prompts/ocr_test.txt",
+     ["2 of 10, random", "11520 in the rollout, 0 of the reference, 2304 with gradient", "2304, 1152 per update"]),
+    ("grpo", "--preset pcpo-sd15", ["128 = 8 prompts x 16", "6400, 3200 per update"]),
+    ("awm", "--preset awm-ocr --prompts prompts/ocr_test.txt",
+     ["1152 = 48 prompts x 24", "4 per image, law discrete", "2 per epoch",
+      "23040 in the rollout, 4608 with gradient, 4608 of the reference, 2304 of the old policy"]),
+    ("awm", "--preset release-ocr --prompts prompts/ocr_test.txt",
+     ["1728 = 72 prompts x 24", "6 per image", "1 per epoch",
+      "24192 in the rollout, 10368 with gradient, 10368 of the reference, 10368 of the old"]),
+    ("awm", "--preset nft-ocr --prompts prompts/ocr_test.txt",
+     ["9 per image", "11520 in the rollout, 10368 with gradient"]),
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("flags, word", WRONG)
-def test_bad_input_is_one_sentence_before_any_model_is_loaded(flags, word, capsys, monkeypatch):
+@pytest.mark.parametrize("name, flags, lines", SIZES)
+def test_dry_run_prints_the_sizes_of_the_papers_experiments(name, flags, lines, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(common.Policy, "__init__", lambda *a: pytest.fail("a model was loaded"))
     with pytest.raises(SystemExit) as stop:
-        vmpo.main(vmpo.parse_args([*SMALL, *flags.split()]))
+        {s.__name__: s for s in SCRIPTS}[name].parse_args([*flags.split(), "--dry-run"])
+    printed = capsys.readouterr().out
+    assert stop.value.code == 0
+    assert all(line in printed for line in lines), printed
+
+
+@EACH
+def test_missing_weights_end_in_one_sentence_within_ten_seconds(script):
+    start = time.time()
+    done = call(
+        "--reward",
+        "hpsv2",
+        "--prompts",
+        "prompts/hpdv2_photo.txt",
+        "--eval-prompts",
+        "",
+        script=f"{script.__name__}.py",
+    )
+    assert done.returncode == 2 and time.time() - start < 10
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith(f"{script.__name__}.py: error:") and "tiny" in last
+    assert "HPS_v2.1" in last or "stable-diffusion" in last
+
+
+WRONG = [  # what any script refuses
+    ("--model nowhere", "nowhere"), ("--model /tmp", "model_index.json"), ("--reward shaps", "shapes"),
+    ("--preset tinny", "tinny"), ("--steps 1", "at least 2"), ("--group-size 1", "--group-size"),
+    ("--updates-per-epoch 5", "does not divide"), ("--prompts none.txt", "none.txt"), ("--lora-targets to_x", "to_x"),
+    ("--kernel ddim", "ddim"), ("--runs README.md/x", "README.md"), ("--resume tiny", "tiny"),
+    ("--reward no_module:f", "no_module"), ("--noise-level 0", "noise"), ("--lr 0", "--lr"), ("--beta nan", "--beta"),
+    ("--beta -1", "--beta"), ("--reward shapes --prompts prompts/simple_animals.txt", "grammar"),
+]  # fmt: skip
+WRONG_VMPO = [
+    ("--beta 0", "above 0"), ("--objective mc --mean time", "--mean"), ("--objective gradient", "differentiable"),
+    ("--model tiny-sd15 --kl-denom g2", "g2"),
+]  # fmt: skip
+WRONG_GRPO = [
+    ("--loss ddpo", "--kl"), ("--loss reinforce --updates-per-epoch 2", "--updates-per-epoch 1"),
+    ("--loss reinforce --inner-epochs 2", "epg"), ("--model tiny-sd15 --kl mean-nodt", "mean-nodt"),
+    ("--loss guard --fair-clip sigma2", "--fair-clip"), ("--loss epg --fair-clip guard", "--fair-clip"),
+    ("--loss pcpo --pcpo-weights public", "public"), ("--loss pcpo --pcpo-weights zeta --model tiny-sd15", "zeta"),
+    ("--clip-range 0", "--clip-range"), ("--clip-range nan", "--clip-range"), ("--adv-clip 0", "--adv-clip"),
+    ("--pcpo-w 0", "--pcpo-w"), ("--sde-window -1", "--sde-window"), ("--sde-window 2 --sde-window-every 0", "every"),
+    ("--sde-window 4", "does not fit"), ("--sde-window 1 --sde-window-range 1 1", "does not fit"),
+    ("--sde-window 1 --sde-window-range 0 9", "does not fit"), ("--loss ppo", "reinforce"), ("--kl-anchor x", "ref"),
+    ("--adv-norm group --group-size 1 --num-prompts 4", "raw"),
+]  # fmt: skip
+WRONG_AWM = [
+    ("--objective nft", "lagged"), ("--objective nft --offpolicy lagged --adv-scale 5", "--adv-scale"),
+    ("--train-timesteps 0", "--train-timesteps"), ("--adv-scale 0", "--adv-scale"), ("--nft-beta 0", "--nft-beta"),
+    ("--huber-power 0", "--huber-power"), ("--lag-coef -1", "--lag-coef"), ("--clip-range -1", "--clip-range"),
+    ("--clip-range nan", "--clip-range"), ("--lag-coef nan", "--lag-coef"), ("--lag-decay-max 1", "--lag-decay-max"),
+    ("--t-min 0", "--t-min"), ("--model tiny-sd15 --kl-weight elbo", "elbo"), ("--timestep-grid 1", "--timestep-grid"),
+    ("--timestep-grid 2 --train-fraction 0.4", "--timestep-grid"),
+    ("--skip-first --train-fraction 0.4", "--skip-first"),
+    ("--model tiny-sd15 --timestep-grid 2000", "--timestep-grid"), ("--sampler nonsense", "nonsense"),
+    ("--sampler DDIMScheduler", "DDIMScheduler"), ("--sampler-config {", "--sampler-config"),
+    ("--weight snr", "uniform"), ("--adv-norm rloo --group-size 1 --num-prompts 4", "raw"),
+    ("--sampler ode --shared-noise", "--shared-noise"),  # the images of a group would all be the same
+]  # fmt: skip
+CASES = [(s, *c) for s in SCRIPTS for c in WRONG]
+CASES += [(s, *c) for s, own in ((vmpo, WRONG_VMPO), (grpo, WRONG_GRPO), (awm, WRONG_AWM)) for c in own]
+
+
+@pytest.mark.parametrize("script, flags, word", CASES, ids=lambda x: x if isinstance(x, str) else x.__name__)
+def test_bad_input_is_one_sentence_before_any_model_is_loaded(script, flags, word, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(common.Policy, "__init__", lambda *a: pytest.fail("a model was loaded"))
+    with pytest.raises(SystemExit) as stop:
+        script.main(script.parse_args([*SMALL, "--runs", str(tmp_path), *flags.split()]))
     message = capsys.readouterr().err.strip().splitlines()[-1]
     assert stop.value.code == 2 and word in message and len(message) < 600
+    assert message.startswith(f"{script.__name__}.py: error: ")
 
 
 def test_sum_reduction_with_a_clip_range_for_means_is_warned_of(capsys):
     vmpo.parse_args([*SMALL, "--objective", "ppo", "--logprob-reduce", "sum"])
     assert "0.0256 (times the latent's 256 scalars)" in capsys.readouterr().out
+    for loss in ("grpo", "pcpo", "ddpo --kl none"):
+        grpo.parse_args([*SMALL, "--logprob-reduce", "sum", "--loss", *loss.split()])
+        assert "0.0256 (times the latent's 256 scalars)" in capsys.readouterr().out
+    grpo.parse_args([*SMALL, "--logprob-reduce", "sum", "--clip-range", "0.1"])
+    assert "warning" not in capsys.readouterr().out
 
 
 def long_run(folder):
@@ -148,34 +246,47 @@ def test_fork_runs_in_another_folder(tmp_path):
 
 def readme_commands():
     text = "\n".join(f.read_text() for f in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))])
-    lines = re.findall(r"^(?:python|torchrun --nproc-per-node 8) vmpo\.py (.*?)(?:\s+#.*)?$", text, re.M)
-    return sorted({line for line in lines if "runs/NAME" not in line})
+    text += "\n".join(script.__doc__.replace("Run:  ", "") for script in SCRIPTS)
+    names = "|".join(script.__name__ for script in SCRIPTS)
+    lines = re.findall(rf"^ *(?:python|torchrun --nproc-per-node 8) ({names})\.py (.*?)(?:\s+#.*)?$", text, re.M)
+    return sorted({line for line in lines if "runs/NAME" not in line[1]})
 
 
-@pytest.mark.parametrize("flags", readme_commands())
-def test_commands_in_the_documentation_parse(flags, monkeypatch, capsys):
-    monkeypatch.chdir(ROOT)
+UNSHIPPED = {"sd15-imagereward": "drawbench.txt", "geneval": "geneval_train.jsonl", "pickscore": "pickscore_train.txt",
+             "ocr": "ocr_train.txt", "sd35-ocr-release": "ocr_train.txt", "flowgrpo-fast": "ocr_train.txt",
+             "guard": "ocr_train.txt"}  # fmt: skip
+
+
+def unshipped(preset):
+    """The prompt file that a preset needs and that cannot be redistributed, or None."""
+    return UNSHIPPED.get(preset) or UNSHIPPED.get(preset.rsplit("-", 1)[-1])
+
+
+def parsed(script, flags, monkeypatch, folder=ROOT):
+    monkeypatch.chdir(folder)
     with pytest.raises(SystemExit) as stop:
-        vmpo.parse_args([*flags.split(), "--dry-run"])
-    assert stop.value.code == 0, capsys.readouterr().err
+        script.parse_args([*flags, "--dry-run"])
+    return stop.value.code
 
 
-@pytest.mark.parametrize(
-    "preset", [p for p in vmpo.PRESETS if p not in ("sd15-imagereward", "sd35-ocr", "sd35-ocr-release")]
-)
-def test_presets_parse(preset, monkeypatch):
-    monkeypatch.chdir(ROOT)
-    with pytest.raises(SystemExit) as stop:
-        vmpo.parse_args(["--preset", preset, "--dry-run"])
-    assert stop.value.code == 0
+@pytest.mark.parametrize("name, flags", readme_commands())
+def test_commands_in_the_documentation_parse(name, flags, monkeypatch, capsys, tmp_path):
+    script, flags = {s.__name__: s for s in SCRIPTS}[name], flags.split()
+    if "--preset" in flags and "--prompts" not in flags and unshipped(flags[flags.index("--preset") + 1]):
+        flags += ["--prompts", "prompts/ocr_test.txt", "--eval-prompts", ""]
+    (tmp_path / "mine.jsonl").write_text('{"prompt": "a file of the reader"}\n')
+    assert parsed(script, flags, monkeypatch, tmp_path) == 0, capsys.readouterr().err
 
 
-@pytest.mark.parametrize("preset, file", [("sd15-imagereward", "drawbench.txt"), ("sd35-ocr", "ocr_train.txt")])
-def test_presets_whose_prompts_cannot_be_shipped_name_the_file_and_run_with_another(preset, file, monkeypatch, capsys):
-    monkeypatch.chdir(ROOT)
-    with pytest.raises(SystemExit) as stop:
-        vmpo.parse_args(["--preset", preset, "--dry-run"])
-    assert stop.value.code == 2 and file in capsys.readouterr().err
-    with pytest.raises(SystemExit) as stop:
-        vmpo.parse_args(["--preset", preset, "--dry-run", "--prompts", "prompts/ocr_test.txt"])
-    assert stop.value.code == 0
+PRESETS = [(script, preset) for script in SCRIPTS for preset in script.PRESETS]
+
+
+@pytest.mark.parametrize("script, preset", PRESETS, ids=lambda x: x if isinstance(x, str) else x.__name__)
+def test_presets_parse_and_name_the_prompt_file_that_cannot_be_shipped(script, preset, monkeypatch, capsys):
+    code = parsed(script, ["--preset", preset], monkeypatch)
+    if unshipped(preset) is None:
+        assert code == 0
+        return
+    assert code == 2 and unshipped(preset) in capsys.readouterr().err
+    flags = ["--preset", preset, "--prompts", "prompts/ocr_test.txt", "--eval-prompts", ""]
+    assert parsed(script, flags, monkeypatch) == 0

@@ -234,6 +234,272 @@ def test_pick_dtype(name, device, bf16, expected, monkeypatch):
     assert dtype == expected and reason
 
 
+# ---- advantages -----------------------------------------------------------------------------------------------------
+MODES = ["group", "global", "none", "rloo"]
+
+
+def advantage(reward, group_size, mode, run=None):
+    return common.group_advantage(torch.as_tensor(reward), group_size, mode, run or make_run())
+
+
+@pytest.mark.parametrize("size", [2, 3, 8])
+def test_group_advantage_is_the_printed_formula(size):
+    reward = torch.randn(6 * size) * 3 + 7
+    r = reward.double().view(6, size)
+    mean, n = r.mean(1, keepdim=True), size
+    others = torch.stack([(r.sum(1) - r[:, j]) / (n - 1) for j in range(n)], 1)
+    truth = {
+        "group": (r - mean) / (((r - mean) ** 2).mean(1, keepdim=True).sqrt() + 1e-4),
+        "global": (r - mean) / (((r - r.mean()) ** 2).mean().sqrt() + 1e-4), "none": r - mean, "rloo": r - others,
+        "raw": r,
+    }  # fmt: skip
+    for mode, expected in truth.items():
+        adv, zero = advantage(reward, size, mode)
+        assert adv.dtype == torch.float32 and adv.shape == reward.shape and not zero.any()
+        torch.testing.assert_close(adv.double(), expected.flatten(), rtol=1e-5, atol=1e-6)
+        if mode != "raw":  # G20
+            assert adv.view(6, size).sum(1).abs().max() < 1e-5
+    centred, rloo = (advantage(reward, size, mode)[0] for mode in ("none", "rloo"))
+    torch.testing.assert_close(rloo, centred * size / (size - 1))
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("value", [0.0, 0.1, 1 / 3, -1e6])
+def test_a_group_of_equal_rewards_has_no_advantage(mode, value):
+    """Exactly 0, however the mean is rounded; and only that group."""
+    reward = torch.tensor([value] * 7 + [1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0])
+    adv, zero = advantage(reward, 7, mode)
+    assert (adv[:7] == 0).all() and adv[7:].abs().max() > 0 and torch.isfinite(adv).all()
+    assert zero.tolist() == [True] * 7 + [False] * 7
+    adv, zero = advantage(reward[:7], 7, mode)  # nothing else in the epoch
+    assert (adv == 0).all() and zero.all()
+
+
+def test_small_differences_of_large_rewards_are_not_lost():
+    adv, zero = advantage(torch.tensor([1000.0, 1000.0001, 1000.0, 1000.0001]), 4, "none")
+    assert not zero.any() and adv[1] > 0 > adv[0]
+
+
+@pytest.mark.parametrize("mode", [*MODES, "raw"])
+def test_group_advantage_of_a_share_is_that_of_the_whole_epoch(mode, monkeypatch):
+    """Groups lie within a process; the standard deviation of --adv-norm global is over all processes."""
+    reward = torch.randn(24) * torch.tensor([1.0] * 12 + [30.0] * 12)
+    whole, flags = advantage(reward, 4, mode)
+    monkeypatch.setattr(common, "gather", lambda x, run: reward)
+    for rank, share in enumerate(reward.split(12)):
+        adv, zero = advantage(share, 4, mode, make_run(rank=rank, world=2))
+        torch.testing.assert_close(adv, whole[12 * rank : 12 * rank + 12])
+        assert torch.equal(zero, flags[12 * rank : 12 * rank + 12])
+
+
+def test_groups_go_by_position():
+    """Two prompts with one text are two groups: rewards are compared within rows of group_size only."""
+    adv, _ = advantage([1.0, 2.0, 101.0, 103.0], 2, "none")
+    assert adv.tolist() == [-0.5, 0.5, -1.0, 1.0]
+
+
+# ---- statistics -----------------------------------------------------------------------------------------------------
+def test_stats_are_means_over_all_rows_and_maxima():
+    rows, stats = torch.randn(31) * 2 + 5, common.Stats(["a/mean", "b", "never"], ["top", "low"])
+    for part in rows.split([10, 1, 20]):  # unequal micro-batches
+        stats.add({"a/mean": part, "b": part**2})
+        stats.top("top", part.max().item())
+    stats.top("low", -3.0)
+    found = stats.result(make_run(), std=("a/mean",))
+    assert set(found) == {"a/mean", "a/std", "b", "top", "low"}  # what was never added has no value
+    assert found["a/mean"] == pytest.approx(rows.mean().item(), rel=1e-5)
+    assert found["a/std"] == pytest.approx(rows.std(correction=0).item(), rel=1e-5)
+    assert found["b"] == pytest.approx((rows**2).mean().item(), rel=1e-5)
+    assert found["top"] == rows.max().item() and found["low"] == 0
+
+
+def test_stats_of_several_processes(monkeypatch):
+    shares, sums = torch.randn(20).split([4, 16]), []
+
+    def result():
+        stats = common.Stats(["x/mean"], ["top"])
+        stats.add({"x/mean": shares[0]})
+        stats.top("top", 1.0)
+        return stats.result(make_run(world=2), std=("x/mean",))
+
+    def all_reduce(values, run, how="SUM"):
+        if how == "MAX":
+            return {"top": 2.5}
+        sums.append(values)
+        other = [len(shares[1]), shares[1].double().sum().item(), (shares[1].double() ** 2).sum().item()]
+        return {key: value + other[key[1]] for key, value in values.items()}
+
+    monkeypatch.setattr(common, "all_reduce", all_reduce)
+    found, whole = result(), torch.cat(shares)
+    assert found["x/mean"] == pytest.approx(whole.mean().item(), abs=1e-6) and found["top"] == 2.5
+    assert found["x/std"] == pytest.approx(whole.std(correction=0).item(), rel=1e-5)
+
+
+def test_stats_take_no_part_in_the_graph():
+    x = torch.ones(3, requires_grad=True)
+    stats = common.Stats(["x"])
+    stats.add({"x": 2 * x})
+    assert not stats.sums["x"][1].requires_grad
+
+
+# ---- the optimiser --------------------------------------------------------------------------------------------------
+def adam(**changes):
+    plain = dict(lr=0.1, adam_beta1=0.9, adam_beta2=0.999, adam_eps=1e-8, weight_decay=0.01, max_grad_norm=1.0,
+                 ema_decay=0.5, ema_every=2, max_bad_steps=2)  # fmt: skip
+    return SimpleNamespace(**(plain | changes))
+
+
+def optimiser(args, seed=0):
+    gen = torch.Generator().manual_seed(seed)
+    params, others = ([nn.Parameter(torch.randn(3, generator=gen)) for _ in range(2)] for _ in range(2))
+    return common.Optimiser(args, make_run(), params, (others, 0.01, 5.0)), params, others
+
+
+def descend(opt, params, others, steps):
+    for n in range(steps):
+        opt.backward(sum(((p - n) ** 2).sum() for p in params) + sum((p**4).sum() for p in others))
+        opt.step()
+
+
+def test_optimiser_continues_from_its_state_bit_by_bit(tmp_path):
+    whole, part = optimiser(adam()), optimiser(adam())
+    descend(*whole, 4), descend(*part, 4)
+    torch.save(part[0].state_dict(), tmp_path / "state.pt")
+    again = optimiser(adam(), seed=9)
+    kept = [p.detach().clone() for p in part[2]]
+    for p, k in zip(again[2], kept):  # a method keeps its other weights itself (Recorder's modules)
+        p.data.copy_(k)
+    again[0].load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    descend(*whole, 5), descend(*again, 5)
+    for a, b in zip(
+        [*whole[1], *whole[2], *whole[0].ema.shadow], [*again[1], *again[2], *again[0].ema.shadow], strict=True
+    ):
+        assert torch.equal(a, b)
+    assert again[0].steps == whole[0].steps == 9
+
+
+def test_optimiser_averages_every_so_many_steps_and_lends_the_average():
+    opt, params, others = optimiser(adam(ema_every=3))
+    start = [p.detach().clone() for p in params]
+    descend(opt, params, others, 2)
+    assert all(torch.equal(s, k) for s, k in zip(opt.ema.shadow, start))
+    descend(opt, params, others, 1)
+    now = [p.detach().clone() for p in params]
+    expected = [0.5 * k + 0.5 * p for k, p in zip(start, now)]
+    with opt.averaged():
+        for p, e in zip(params, expected):
+            torch.testing.assert_close(p.data, e)
+    assert all(torch.equal(p, n) for p, n in zip(params, now))
+    none, params, _ = optimiser(adam(ema_decay=0.0))
+    with none.averaged():
+        assert none.ema is None
+
+
+def test_optimiser_clips_each_part_by_its_own_norm_and_reports_the_norms_before():
+    opt, params, others = optimiser(adam())
+    opt.backward(sum((30 * p).sum() for p in params) + sum((2 * p).sum() for p in others))
+    assert opt.step() == pytest.approx([30 * 6**0.5, 2 * 6**0.5], rel=1e-5)
+
+
+def test_optimiser_stops_after_too_many_bad_steps_and_counts_from_the_last_good_one():
+    opt, params, others = optimiser(adam(max_bad_steps=2))
+    before = [p.detach().clone() for p in params]
+
+    def bad():
+        opt.backward(sum((p * math.nan).sum() for p in [*params, *others]))
+        opt.step()
+
+    bad(), bad()
+    assert opt.bad_steps == 2 and all(torch.equal(p, b) for p, b in zip(params, before))
+    assert all(torch.equal(s, b) for s, b in zip(opt.ema.shadow, before))
+    descend(opt, params, others, 1)
+    assert opt.bad_steps == 0
+    bad(), bad()
+    with pytest.raises(SystemExit, match="3 updates in a row"):
+        bad()
+
+
+# ---- the recorder ---------------------------------------------------------------------------------------------------
+class Failure(Exception):
+    pass
+
+
+@pytest.fixture
+def recorder(tmp_path, monkeypatch):
+    """Recorder of a run without a model: theta is one weight, the exported LoRA a text file of its value."""
+    args = adam(ema_decay=0.5, ema_every=1, resume="", epochs=3, eval_images=4, eval_every=1, sample_every=0,
+                save_every=9, wandb=None)  # fmt: skip
+    run = make_run(tmp_path)
+    run.method = "grpo"
+    (tmp_path / "checkpoints").mkdir()
+    theta = nn.Parameter(torch.zeros(2))
+    opt = common.Optimiser(args, run, [theta])
+    policy = SimpleNamespace(network_calls=0)
+    reward = SimpleNamespace(terms=[SimpleNamespace(name="shapes")])
+    copy = lambda policy, folder: (folder / "lora.txt").write_text(str(theta.tolist()))  # noqa: E731
+    monkeypatch.setattr(common, "export_lora", copy)
+    made = common.Recorder(run, args, policy, opt, reward, None, Failure, ["loss"], {"lag": common.EMA([theta], 0.0)})
+    return SimpleNamespace(made=made, args=args, theta=theta, opt=opt, run=run)
+
+
+def one_epoch(parts, epoch):
+    for _ in range(3):
+        parts.made.phase()
+    parts.opt.backward((parts.theta - 5).square().sum())
+    parts.opt.step()
+    parts.made.end_epoch(epoch, torch.tensor([1.0, 2.0]), {"shapes": torch.tensor([1.0, 2.0])}, {"loss": 0.5})
+
+
+def test_a_reward_failing_in_an_evaluation_keeps_the_policys_own_weights(recorder, monkeypatch):
+    """The evaluation runs with the averaged weights; the checkpoint it leaves behind must hold theta itself."""
+    seen = []
+
+    def held_out(policy, args, run, reward, more):
+        seen.append(recorder.theta.detach().clone())
+        if len(seen) > 1:
+            raise Failure("server gone")
+        return {"reward": torch.ones(4)}
+
+    monkeypatch.setattr(common, "score_held_out", held_out)
+    recorder.args.eval_prompt_list = numbered(4)
+    epochs = recorder.made.epochs()
+    next(epochs)
+    with pytest.raises(SystemExit, match="grpo.py: stopped after epoch 1: server gone"):
+        one_epoch(recorder, 0)
+    own, averaged = recorder.theta.detach(), recorder.opt.ema.shadow[0]
+    assert not torch.equal(own, averaged)
+    assert torch.equal(seen[1], averaged)  # what was evaluated
+    folder = recorder.run.dir / "checkpoints" / "last"
+    kept = torch.load(folder / "state.pt", weights_only=True)
+    assert kept["epoch"] == 1 and set(kept) == {"theta", "lag", "epoch"}
+    assert torch.equal(kept["theta"]["lora"][0], own) and torch.equal(kept["theta"]["ema"]["shadow"][0], averaged)
+    assert (folder / "lora.txt").read_text() == str(averaged.tolist())  # what is exported, as ever
+    assert [row["epoch"] for row in recorder.made.logger.rows()] == [0, 1]
+
+
+def test_a_failing_reward_before_the_first_epoch_leaves_no_checkpoint(recorder, monkeypatch):
+    def held_out(*a):
+        raise Failure("no server")
+
+    monkeypatch.setattr(common, "score_held_out", held_out)
+    with pytest.raises(SystemExit, match="stopped after epoch 0: no server"):
+        next(recorder.made.epochs())
+    assert not list((recorder.run.dir / "checkpoints").iterdir())
+
+
+def test_a_failing_reward_in_a_rollout_keeps_the_epochs_before(recorder, monkeypatch):
+    recorder.args.eval_images = 0
+    epochs = recorder.made.epochs()
+    next(epochs)
+    one_epoch(recorder, 0)
+    next(epochs)
+    with pytest.raises(SystemExit, match="stopped after epoch 1: bad image"), recorder.made.scoring(1):
+        raise Failure("bad image")
+    assert common.load(recorder.run.dir)["epoch"] == 1
+    with pytest.raises(ZeroDivisionError), recorder.made.scoring(1):  # anything else is a bug and shows itself
+        raise ZeroDivisionError
+
+
 # ---- logs and pictures ----------------------------------------------------------------------------------------------
 def read(path):
     with path.open(newline="") as f:
