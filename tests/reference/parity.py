@@ -128,7 +128,7 @@ def hpsv2(folder):
     vision, text = clip_sizes(recipe.CLIPS["hpsv2"])
     load = partial(reduced, "hpsv2", path=folder / "clip" / "HPS.pt", HPS_VISION=vision, HPS_TEXT=text)
     expected, images = golden(), recipe.tensor(recipe.pictures())
-    yield from lines("hpsv2", "float64", load(torch.float64), expected, images, recipe.PROMPTS, 1e-7, 1e-5)
+    yield from lines("hpsv2", "float64", load(torch.float64), expected, images, recipe.PROMPTS, 1e-12, 1e-10)
     single, images = load(torch.float32), images.float()
     yield from lines("hpsv2", "float32", single, expected, images, recipe.PROMPTS, 1e-6, 1e-4)
     scores = [single(recipe.tensor(p[None]).float(), [q], None) for p, q in zip(recipe.resized(), recipe.PROMPTS)]
@@ -159,16 +159,16 @@ def clip_type(folder, hidden_act="quick_gelu"):
     torch.save(recipe.weights(read("shapes.json")["aesthetic"]), folder / "head.pth")
     paths = {"clipscore": path, "clipscore-hessel": path, "aesthetic": f"{path},{folder / 'head.pth'}"}
     fns = {name: rewards.REWARDS[name]("cpu", torch.float64, p).fn for name, p in paths.items()}
-    yield from lines("clipscore", "float64", fns["clipscore"], expected, images, recipe.PLAIN, 1e-7, 1e-5)
+    yield from lines("clipscore", "float64", fns["clipscore"], expected, images, recipe.PLAIN, 1e-12, 1e-10)
     hessel = fns["clipscore-hessel"](images, recipe.PLAIN, None)
-    yield Line("clipscore-hessel", "float64, score", apart(hessel, expected["clipscore-hessel.score"]), 1e-7)
-    yield from lines("aesthetic", "float64", fns["aesthetic"], expected, images, recipe.PLAIN, 1e-7, 1e-5)
+    yield Line("clipscore-hessel", "float64, score", apart(hessel, expected["clipscore-hessel.score"]), 1e-12)
+    yield from lines("aesthetic", "float64", fns["aesthetic"], expected, images, recipe.PLAIN, 1e-12, 1e-10)
     scores = [fns["clipscore"](recipe.tensor(p[None]), recipe.PLAIN[:1], None) for p in recipe.resized()]
     yield Line("clipscore", "float64 with PIL's resize, score",
                apart(torch.cat(scores), expected["clipscore.resized"]), 1e-3)  # fmt: skip
     path = clip_folder("hpsv2", folder, "gelu", 16)
     scores = rewards.REWARDS["pickscore"]("cpu", torch.float64, path).fn(images, recipe.PLAIN, None)
-    yield Line("pickscore", "float64, score (scale 100)", apart(scores, expected["pickscore.score"]), 1e-5)
+    yield Line("pickscore", "float64, score (scale 100)", apart(scores, expected["pickscore.score"]), 1e-11)
 
 
 def imagereward(folder):
@@ -177,7 +177,7 @@ def imagereward(folder):
     torch.save(recipe.weights(read("shapes.json")["imagereward"]), path)
     load = partial(reduced, "imagereward", path=path, BLIP_VISION=recipe.BLIP_VISION, BLIP_TEXT=recipe.BLIP_TEXT)
     expected, images = golden(), recipe.tensor(recipe.pictures())
-    yield from lines("imagereward", "float64", load(torch.float64), expected, images, recipe.PROMPTS, 1e-6, 1e-5)
+    yield from lines("imagereward", "float64", load(torch.float64), expected, images, recipe.PROMPTS, 1e-12, 1e-10)
     single, images = load(torch.float32), images.float()
     yield from lines("imagereward", "float32", single, expected, images, recipe.PROMPTS, 1e-5, 1e-4)
     scores = [single(recipe.tensor(p[None]).float(), [q], None) for p, q in zip(recipe.resized(), recipe.PROMPTS)]
