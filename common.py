@@ -47,7 +47,7 @@ MLP = {"eps": ["ff.net.0.proj", "ff.net.2"],
        "flow": ["ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2"]}  # fmt: skip
 # the embedded models' experiment, in every script: coloured shapes, 64 images an epoch, one update
 TINY = dict(prompts="prompts/shapes_train.txt", eval_prompts="prompts/shapes_heldout.txt", reward="shapes",
-            eval_rewards="shapes-strict", eval_images=256, max_sequence_length=10, steps=10, eval_steps=10, cfg=1.0, num_prompts=8,
+            eval_rewards="shapes-strict", eval_images=256, max_sequence_length=10, steps=10, eval_steps=None, cfg=1.0, num_prompts=8,
             group_size=8, updates_per_epoch=1, ema_decay=0.9, ema_every=1, lora_rank=16, lora_alpha=16,
             lora_targets="attention+mlp", micro_batch_size=64, decode_batch_size=64, reward_batch_size=256)  # fmt: skip
 MIN_SIGMA = 1e-6  # below this a step has no density: it is performed, but it is not a step of the policy
