@@ -882,6 +882,8 @@ def test_reward_rises_on_the_embedded_models(tmp_path, no_pictures, kind, flags)
         5e-3,
         "--eval-images",
         8,
+        "--eval-steps",
+        10,
         "--scale",
         100,
     ]
