@@ -106,12 +106,8 @@ def check(args):
         raise common.UsageError(f"--adv-norm {args.adv_norm} compares the images of a prompt, --group-size is {args.group_size}; use 2 or more, or --adv-norm raw")
     if args.train_timesteps < 1:
         raise common.UsageError(f"--train-timesteps {args.train_timesteps} is too few; use 1 or more (paper: 4)")
-    for name in ("adv_clip", "adv_scale", "huber_power", "nft_beta"):
-        if not getattr(args, name) > 0:
-            raise common.UsageError(f"--{name.replace('_', '-')} {getattr(args, name)} must be above 0")
-    for name in ("beta", "lag_coef", "clip_range", "lag_decay_slope"):
-        if not getattr(args, name) >= 0:
-            raise common.UsageError(f"--{name.replace('_', '-')} {getattr(args, name)} is negative; use 0 or more")
+    common.check_above_zero(args, "adv_clip", "adv_scale", "huber_power", "nft_beta")
+    common.check_not_negative(args, "beta", "lag_coef", "clip_range", "lag_decay_slope")
     if not 0 <= args.lag_decay_max < 1 or not 0 < args.t_min < 1:
         raise common.UsageError(f"--lag-decay-max {args.lag_decay_max} and --t-min {args.t_min} must lie between 0 and 1")
     if args.objective == "nft" and args.offpolicy != "lagged":
@@ -326,15 +322,13 @@ def main(args):
     run = common.setup(args, "awm")
     policy = common.Policy(args, run)
     params = common.add_lora(policy, args)
-    reward = rewards.load(args.reward, run.device, torch.float32, args.paths)
-    more = rewards.load(args.eval_rewards, run.device, torch.float32, args.eval_paths) if args.eval_rewards else None
+    reward, more = rewards.load_args(args, run.device)
     noising = Noising(args, policy)
     optimiser = common.Optimiser(args, run, params)
     lag = common.EMA(params, 0.0)  # the lagged copy of theta; decay per epoch below
     means = ["loss/total", "loss/policy", "loss/kl", "loss/lag", "kl/ref", "matching/error", "ratio/mean", "ratio/clip_frac", "adv/mean", "adv/zero_std_frac", "adv/clip_frac"]
     keys = [*means, "adv/std", "ratio/max", "lag/decay", "grad/norm"]
     recorder = common.Recorder(run, args, policy, optimiser, reward, more, rewards.RewardError, keys, {"lag": lag})
-
 
     for epoch in recorder.epochs():
         # ---- 1 rollout ----------------------------------------------------------------------------------------------
@@ -359,37 +353,36 @@ def main(args):
         images = max(1, args.micro_batch_size // args.train_timesteps)  # a micro-batch holds all n_t noisings of its images
         images_per_update = args.num_prompts * args.group_size / args.updates_per_epoch
 
-        def output(rows):
-            """The current weights' network at the rows' x_t, in one call: (B n_t, C, h, w)."""
+        def noised(rows):
+            """4a: the noisings of these images, their target as one batch, and a call of the network on all of them."""
+            x_t, target, timestep, *levels = noising(x0[rows], epoch, [batch.indices[j] for j in rows])  # noqa: B023
             cond = batch.cond[rows.repeat_interleave(args.train_timesteps)]  # noqa: B023
-            return policy.predict(x_t.flatten(0, 1), timestep.flatten(), cond, args.train_cfg)  # noqa: B023
+            output = functools.partial(policy.predict, x_t.flatten(0, 1), timestep.flatten(), cond, args.train_cfg)
+            return output, target.flatten(0, 1), x_t.flatten(0, 1), *levels
 
-        passes = [part[:, 0] for inner in range(args.inner_epochs)
-                  for part in common.shuffled_rows(args, run, [0], epoch, inner)]  # fmt: skip
+        updates = [part[:, 0] for part in common.epoch_updates(args, run, [0], epoch)]
         old = torch.full((len(x0), args.train_timesteps), torch.nan, dtype=torch.float64, device=run.device)
-        if args.offpolicy == "half" and len(passes) > 1:  # l_old of all but the first update's images, with theta_old
-            todo = torch.cat(passes[1:]).unique()
-            for rows in common.micro_batches(todo, images):
-                x_t, target, timestep, t, _, _ = noising(x0[rows], epoch, [batch.indices[j] for j in rows])
+        if args.offpolicy == "half" and len(updates) > 1:  # l_old of all but the first update's images, with theta_old
+            for rows in common.micro_batches(torch.cat(updates[1:]).unique(), images, run, "old policy"):
+                output, target, _, t, _, _ = noised(rows)
                 with torch.no_grad():
-                    old[rows] = matching_error(output(rows), target.flatten(0, 1)).view_as(t)
-        for update, part in enumerate(passes):
-            bar = tqdm(total=len(part), desc=f"update {update + 1}", leave=False, disable=not run.is_main or None)
-            for rows in common.micro_batches(part, images):
+                    old[rows] = matching_error(output(), target).view_as(t)
+        for update, part in enumerate(updates):
+            for rows in common.micro_batches(part, images, run, f"update {update + 1}"):
                 # 4a: noisy data, and what the frozen policies say about it
-                x_t, target, timestep, t, alpha, nu = noising(x0[rows], epoch, [batch.indices[j] for j in rows])
-                target, a = target.flatten(0, 1), adv[rows]
+                output, target, x_t, t, alpha, nu = noised(rows)
+                a = adv[rows]
                 with torch.no_grad():
                     with policy.reference() if args.beta else nullcontext():
-                        o_ref = output(rows) if args.beta else None
+                        o_ref = output() if args.beta else None
                     with lag.applied() if lagged(args) else nullcontext():
-                        o_lag = output(rows) if lagged(args) else None
-                o = output(rows)
+                        o_lag = output() if lagged(args) else None
+                o = output()
                 error = matching_error(o, target).view_as(t)
                 # 4b: the policy loss
                 log_ratio = torch.zeros_like(error)
                 if args.objective == "nft":
-                    back = functools.partial(x0_hat, policy.kind, x_t.flatten(0, 1), alpha.flatten(), nu.flatten())
+                    back = functools.partial(x0_hat, policy.kind, x_t, alpha.flatten(), nu.flatten())
                     space = (back, x0[rows].repeat_interleave(args.train_timesteps, 0)) if args.nft_space == "x0" else ()
                     each = a.repeat_interleave(args.train_timesteps)
                     loss = nft_loss(each, o, o_lag, target, args.nft_beta, args.adv_clip, *space).view_as(t).mean(1)
@@ -418,8 +411,6 @@ def main(args):
                     "adv/mean": a, "adv/zero_std_frac": zero[rows].float(), "adv/clip_frac": clipped[rows].float(),
                 })  # fmt: skip
                 stats.top("ratio/max", ratio.max().item())
-                bar.update(len(rows))
-            bar.close()
             norms += optimiser.step()  # 4d
 
         # ---- 5 log, samples, checkpoint, eval -----------------------------------------------------------------------

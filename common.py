@@ -210,9 +210,7 @@ def check_args(args) -> None:
     for name in ("num_prompts", "group_size", "epochs", "updates_per_epoch", "inner_epochs", "micro_batch_size", "lora_rank", "decode_batch_size", "reward_batch_size", "max_sequence_length", "ema_every"):  # fmt: skip
         if getattr(args, name) < 1:
             raise UsageError(f"--{name.replace('_', '-')} {getattr(args, name)} is too small; use 1 or more")
-    for name in ("eval_images", "sample_every", "save_every", "eval_every", "max_bad_steps"):
-        if getattr(args, name) < 0:
-            raise UsageError(f"--{name.replace('_', '-')} {getattr(args, name)} is negative; use 0 or more")
+    check_not_negative(args, "eval_images", "sample_every", "save_every", "eval_every", "max_bad_steps")
     for name in ("resolution", "eval_steps"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise UsageError(f"--{name.replace('_', '-')} {getattr(args, name)} is too small; use 1 or more")
@@ -227,9 +225,7 @@ def check_args(args) -> None:
         raise UsageError(f"--device {args.device} is unknown; use auto, cpu, cuda or cuda:N")
     if args.steps < 2:
         raise UsageError(f"--steps {args.steps} is too few; a sampler needs at least 2 (papers: 50 for SD1.5, 10 for SD3.5)")
-    for name in ("lr", "lora_alpha", "max_grad_norm"):
-        if not getattr(args, name) > 0:
-            raise UsageError(f"--{name.replace('_', '-')} {getattr(args, name)} must be above 0")
+    check_above_zero(args, "lr", "lora_alpha", "max_grad_norm")
     world = max(1, int(os.environ.get("WORLD_SIZE", 1)))
     if args.num_prompts % world:
         fits = [w for w in range(1, args.num_prompts + 1) if args.num_prompts % w == 0 and w <= world]
@@ -269,6 +265,26 @@ def check_args(args) -> None:
         raise UsageError(f"--runs {runs} cannot be written ({parent} is not a writable folder); choose another folder")
 
 
+def check_above_zero(args, *names: str) -> None:
+    for name in names:
+        if not getattr(args, name) > 0:
+            raise UsageError(f"--{name.replace('_', '-')} {getattr(args, name)} must be above 0")
+
+
+def check_not_negative(args, *names: str) -> None:
+    for name in names:
+        if not getattr(args, name) >= 0:
+            raise UsageError(f"--{name.replace('_', '-')} {getattr(args, name)} is negative; use 0 or more")
+
+
+def warn_of_clip_range(args) -> None:
+    """The papers' clip ranges are for mean log-probs; says so where they would be used on sums."""
+    if args.logprob_reduce == "sum" and args.clip_range < 1e-2:
+        d = latent_size(args)
+        print(f"warning: --clip-range {args.clip_range} is meant for mean log-probs; with --logprob-reduce sum the same range is "
+              + (f"{args.clip_range * d:g} (times the latent's {d} scalars)" if d else "that times the latent's size d"))  # fmt: skip
+
+
 def check_updates(args, rows: int, what: str = "transitions") -> None:
     if rows % args.updates_per_epoch:
         fits = [u for u in range(1, 2 * args.updates_per_epoch + 1) if rows % u == 0]
@@ -288,12 +304,9 @@ def find_model(name: str) -> tuple[str, str]:
             raise UsageError(f"--model {name} is neither a known name ({near}) nor a folder nor a hub id such as owner/name")
         from huggingface_hub import hf_hub_download, try_to_load_from_cache
 
-        try:
-            cached = try_to_load_from_cache(name, "model_index.json")
-        except ValueError as problem:
-            raise UsageError(f"--model {name} is no valid hub id: {problem}") from None
+        require_hub(name, f"--model {name}")
+        cached = try_to_load_from_cache(name, "model_index.json")
         if not isinstance(cached, str):
-            require_hub(name, f"--model {name}")
             cached = hf_hub_download(name, "model_index.json")
         index = Path(cached)
     try:
@@ -305,8 +318,15 @@ def find_model(name: str) -> tuple[str, str]:
     return name, PIPELINES[pipeline]
 
 
-def require_hub(repo: str, what: str) -> None:
-    """One short probe of the hub; UsageError if the weights of `repo` cannot come from there."""
+def require_hub(repo: str, what: str, file: str = "model_index.json") -> None:
+    """Nothing if `file` of `repo` is in the local cache; else one short probe: UsageError if the hub cannot give it."""
+    from huggingface_hub import try_to_load_from_cache
+
+    try:
+        if isinstance(try_to_load_from_cache(repo, file), str):
+            return
+    except ValueError as problem:
+        raise UsageError(f"{what} is no valid hub id: {problem}") from None
     advice = "; put the files in a folder and pass its path, or use the embedded model: --preset tiny (no download)"
     if os.environ.get("HF_HUB_OFFLINE", "0") not in ("0", ""):
         raise UsageError(f"{what} ({repo}) is not in the local cache and HF_HUB_OFFLINE is set" + advice)
@@ -328,10 +348,7 @@ def check_model(args) -> None:
     if not local and args.model.startswith("tiny-"):
         raise UsageError(f"--model {args.model}: {args.model_path} is missing; make it with python -m tiny.pretrain --all, or pass the folder's path")
     if not local:
-        from huggingface_hub import try_to_load_from_cache
-
-        if not isinstance(try_to_load_from_cache(args.model_path, "model_index.json"), str):
-            require_hub(args.model_path, f"--model {args.model}")
+        require_hub(args.model_path, f"--model {args.model}")
     if args.lora_targets in ("attention", "attention+mlp") or not local:
         return  # for weights that are still on the hub, add_lora finds a wrong target
     from diffusers import SD3Transformer2DModel, UNet2DConditionModel
@@ -968,9 +985,17 @@ def shuffled_rows(args, run: Run, steps: list[int], epoch: int, inner: int) -> l
     return [p[(p[:, 0] >= first) & (p[:, 0] < first + local)] - torch.tensor([first, 0]) for p in parts]
 
 
-def micro_batches(rows: torch.Tensor, size: int) -> tuple[torch.Tensor, ...]:
-    """rows in pieces of at most `size`; none where a process has no rows in an update (it still joins the all-reduce)."""
-    return rows.split(size) if len(rows) else ()
+def epoch_updates(args, run: Run, steps: list[int], epoch: int) -> list[torch.Tensor]:
+    """The rows of each optimiser step of the epoch: shuffled_rows of one pass (--inner-epochs) after the other."""
+    return [part for inner in range(args.inner_epochs) for part in shuffled_rows(args, run, steps, epoch, inner)]
+
+
+def micro_batches(rows: torch.Tensor, size: int, run: Run, desc: str):
+    """rows in pieces of at most `size`, under a progress bar; none where a process has no rows in an update."""
+    with tqdm(total=len(rows), desc=desc, leave=False, disable=not run.is_main or None) as bar:
+        for part in rows.split(size) if len(rows) else ():
+            yield part
+            bar.update(len(part))
 
 
 class EMA:
@@ -1079,24 +1104,25 @@ def optimizer_step(optimizer, params, max_norm: float, run: Run, scaler=None) ->
 
 # ---- stats ----------------------------------------------------------------------------------------------------------
 def group_advantage(reward: torch.Tensor, group_size: int, mode: str, run: Run) -> tuple[torch.Tensor, torch.Tensor]:
-    """Advantages (B,) of rewards (B,), group-major, and which samples' group has one reward only (A is 0 there, but for raw).
+    """Advantages of rewards (B,) or (B, S), group-major, each column by itself, and which samples' group has one reward
+    only (A is 0 there, but for raw); both of the rewards' shape.
 
     group: (r - mean) / (std + 1e-4) of the prompt's K samples (GRPO); global: the same mean, the std of all rewards of
     the epoch (Flow-GRPO); none: r - mean (Dr.GRPO; VMPO Eq. 20); rloo: r - mean of the other K - 1; raw: r itself.
     The standard deviations are the biased ones (as in Flow-GRPO's code).
     """
-    r = reward.double().view(-1, group_size)
+    r = reward.double().unflatten(0, (-1, group_size))  # (P, K) or (P, K, S)
     equal = (r == r[:, :1]).all(1, keepdim=True)
     centred = torch.where(equal, 0.0, r - r.mean(1, keepdim=True))
     if mode == "group":
         adv = centred / (r.std(1, correction=0, keepdim=True) + 1e-4)
     elif mode == "global":
-        adv = centred / (gather(reward, run).double().std(correction=0) + 1e-4)
+        adv = centred / (gather(reward, run).double().std(0, correction=0) + 1e-4)
     elif mode == "rloo":
         adv = centred * group_size / (group_size - 1)
     else:
         adv = centred if mode == "none" else r
-    return adv.flatten().float(), equal.expand_as(r).flatten()
+    return adv.flatten(0, 1).float(), equal.expand_as(r).flatten(0, 1)
 
 
 def check_start(moved: torch.Tensor, z: torch.Tensor, args, run: Run, epoch: int) -> float:

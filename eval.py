@@ -360,12 +360,12 @@ def check_lora(label: str, file: Path, net: torch.nn.Module) -> dict[str, torch.
     return weights
 
 
-def load_lora(policy, file: Path, weights: dict[str, torch.Tensor]) -> None:
+def load_lora(policy, file: Path, names: set[str]) -> None:
     """pipe.load_lora_weights, as users do it; then nothing of the file may be missing from the network."""
     from peft.utils import get_peft_model_state_dict
 
     policy.pipe.load_lora_weights(str(file.parent), weight_name=file.name, adapter_name="evaluated")
-    if missing := set(weights) ^ set(get_peft_model_state_dict(policy.net, adapter_name="evaluated")):
+    if missing := names ^ set(get_peft_model_state_dict(policy.net, adapter_name="evaluated")):
         raise common.UsageError(f"{file}: diffusers did not load {len(missing)} of its weights, e.g. {min(missing)}")
 
 
@@ -374,31 +374,32 @@ def load_lora(policy, file: Path, weights: dict[str, torch.Tensor]) -> None:
 class Cache:
     out: Path
     scores: dict[tuple[str, str, str], float]  # (image or set of images, reward, its key) -> score
+    torn: bool = False  # the file's last line is unfinished
     drawn: int = 0  # in this process
     scored: int = 0
 
 
 def open_cache(out: Path) -> Cache:
     """The scores in out/scores.jsonl; a line that a kill left unfinished is not there."""
-    scores = {}
+    scores, text = {}, ""
     path = out / "scores.jsonl"
     if path.exists():
-        for line in path.read_text(encoding="utf-8").split("\n"):
+        text = path.read_text(encoding="utf-8")
+        for line in text.split("\n"):
             try:
                 row = json.loads(line)
                 scores[row["of"], row["reward"], row["key"]] = float(row["score"])
             except (ValueError, KeyError, TypeError):
                 continue
-    return Cache(out, scores)
+    return Cache(out, scores, torn=text != "" and not text.endswith("\n"))
 
 
 def add_scores(cache: Cache, rows: list[tuple[str, str, str, float]]) -> None:
     """Appends (image, reward, key, score) to the file, then to the dict."""
-    path = cache.out / "scores.jsonl"
-    torn = path.exists() and path.stat().st_size > 0 and not path.read_bytes().endswith(b"\n")
     names = ("of", "reward", "key", "score")
-    with path.open("a", encoding="utf-8") as f:
-        f.write("\n" * torn + "".join(json.dumps(dict(zip(names, row))) + "\n" for row in rows))
+    with (cache.out / "scores.jsonl").open("a", encoding="utf-8") as f:
+        f.write("\n" * cache.torn + "".join(json.dumps(dict(zip(names, row))) + "\n" for row in rows))
+    cache.torn = False
     cache.scores |= {row[:3]: row[3] for row in rows}
     cache.scored += len(rows)
 
@@ -804,14 +805,13 @@ def main(args):
     reward = measure = policy = grid = cond = None
     if to_draw:
         policy = common.Policy(args, common.Run(out, device, dtype, rank=0, world=1))
-        for label, file in args.lora_files.items():
-            check_lora(label, file, policy.net)
+        names = {label: set(check_lora(label, file, policy.net)) for label, file in args.lora_files.items()}
         grid = common.make_grid(policy.pipe.scheduler, policy.kind, args.steps, args.kernel, args.noise_level)
         cond = policy.encode([p.text for p in args.prompt_list])
     if to_score:
-        names = args.reward_names if "" in args.paths else sorted(to_score)  # a path without a name fits one of all
-        paths = {name: path for name, path in args.paths.items() if name in ("", *names)}
-        reward = rewards.load(",".join(names), device, torch.float32, paths)
+        asked = args.reward_names if "" in args.paths else sorted(to_score)  # a path without a name fits one of all
+        paths = {name: path for name, path in args.paths.items() if name in ("", *asked)}
+        reward = rewards.load(",".join(asked), device, torch.float32, paths)
     if args.diversity != "none" and missing_diversity(args, cache):
         measure = rewards.load_diversity(args.diversity, device, args.paths.get(args.diversity))
     out.mkdir(parents=True, exist_ok=True)
@@ -820,7 +820,7 @@ def main(args):
     try:
         for label, (images, of) in wanted.items():
             if images and label != "base":
-                load_lora(policy, args.lora_files[label], check_lora(label, args.lora_files[label], policy.net))
+                load_lora(policy, args.lora_files[label], names[label])
             if images or of:
                 draw_and_score(policy, grid, cond, reward, args, cache, label)
             if images and label != "base":

@@ -35,7 +35,6 @@ from pathlib import Path
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from tqdm import tqdm
 
 import common
 import rewards
@@ -107,13 +106,10 @@ def check(args):
     for name, _ in rewards.parse_spec(args.reward):
         if not rewards.is_differentiable(name):
             raise common.UsageError(f"--reward {name} has no gradient, and {args.method} is a first-order method; use e.g. hpsv2, clipscore, imagereward or aesthetic, or a zeroth-order trainer (tempflow_rsm.py, grpo.py)")
-    for name in ("scale", "alpha", "guidance_clip", "gamma", "net_lr"):
-        if not getattr(args, name) > 0:
-            raise common.UsageError(f"--{name.replace('_', '-')} {getattr(args, name)} must be above 0")
+    common.check_above_zero(args, "scale", "alpha", "guidance_clip", "gamma", "net_lr")
+    common.check_not_negative(args, "old_coef", "value_terminal")
     if args.gamma > 1 or not 0 <= args.guidance_quantile < 1:
         raise common.UsageError(f"--gamma {args.gamma} must be at most 1 and --guidance-quantile {args.guidance_quantile} in [0, 1)")
-    if not (args.old_coef >= 0 and args.value_terminal >= 0):
-        raise common.UsageError(f"--old-coef {args.old_coef} and --value-terminal {args.value_terminal} must be 0 or more")
     if not 1 <= args.step_every <= args.train_steps:
         raise common.UsageError(f"--step-every {args.step_every} must lie between 1 and the {args.train_steps} trained steps")
     if args.residual_scale != "none" and args.method != "residual-db":
@@ -126,7 +122,8 @@ def check(args):
         if (path := getattr(args, name)) and not Path(path).is_dir():
             if path.count("/") != 1:
                 raise common.UsageError(f"--{name.replace('_', '-')} {path} is neither a folder nor a hub id such as owner/name")
-            common.require_hub(path, f"--{name.replace('_', '-')} {path}")
+            file = "config.json" if name == "tiny_vae" else ("unet" if args.kind == "eps" else "transformer") + "/config.json"
+            common.require_hub(path, f"--{name.replace('_', '-')} {path}", file)
     if args.value_net and args.train_steps != args.steps:
         raise common.UsageError(f"--value-net follows the value gradient to the end, and {args.train_steps} of {args.steps} steps are trained; use --train-fraction 1")
     if args.value_net and (args.method != "vgg-flow" or args.kind != "flow" or args.step_every != 1 or args.guidance != "current"):
@@ -210,10 +207,7 @@ def main(args):
     run = common.setup(args, "first_order_rsm")
     policy = common.Policy(args, run)
     params = common.add_lora(policy, args)
-    reward = rewards.load(args.reward, run.device, torch.float32, args.paths)
-    more = rewards.load(args.eval_rewards, run.device, torch.float32, args.eval_paths) if args.eval_rewards else None
-    if not reward.differentiable:
-        raise common.UsageError(f"--reward {args.reward} has no gradient, and {args.method} is a first-order method; use e.g. hpsv2 or clipscore")
+    reward, more = rewards.load_args(args, run.device)
     kernel, level = ("ode", 0.0) if args.method == "vgg-flow" else (args.kernel, args.noise_level)
     grid = common.make_grid(policy.pipe.scheduler, policy.kind, args.steps, kernel, level)
     steps = list(range(args.train_steps)) if args.method == "vgg-flow" else common.policy_steps(grid, args.train_steps)
@@ -254,54 +248,50 @@ def main(args):
         stats, norms = common.Stats([*means, *per_step, "guidance/norm"]), []
         limit = args.guidance_clip
         rows_per_update = args.num_prompts * args.group_size * chosen.shape[1] / args.updates_per_epoch
-        for inner in range(args.inner_epochs):
-            for update, part in enumerate(common.shuffled_rows(args, run, list(range(chosen.shape[1])), epoch, inner)):
-                bar = tqdm(total=len(part), desc=f"update {update + 1}", leave=False, disable=not run.is_main or None)
-                for chunk in common.micro_batches(part, args.micro_batch_size):
-                    n, k = chunk.unbind(1)
-                    i = chosen[n, k]
-                    x_t, o_old, o_ref = path.x[n, i], path.o_old[n, i], path.o_ref[n, i]
-                    # 4a: the clipped guidance, with its weight
-                    size = g[n, k].flatten(1).norm(dim=1)
-                    push = args.scale * grid.at(eta, i, x_t) * clip_norm(g[n, k], limit)
-                    # 4b: the regression
-                    o = policy.predict(x_t, grid.time(i, len(n), run.device), path.cond[n], args.cfg)
-                    shift = grid.at(grid.o_coef, i, o) * (o - o_ref)  # mu_theta - mu_ref
-                    net_loss, values = torch.zeros(len(n), device=run.device), {}
-                    if args.method == "vgg-flow":
-                        if args.value_net:
-                            net_loss = value_loss(policy, phi["net"], grid, path, chosen, g, eta, n, k, limit, args)
-                            push = push + args.scale * phi["net"](x_t, grid.t[i].to(x_t)).detach()
-                        loss = vgg_loss(o, o_ref, push)
+        for update, part in enumerate(common.epoch_updates(args, run, list(range(chosen.shape[1])), epoch)):
+            for chunk in common.micro_batches(part, args.micro_batch_size, run, f"update {update + 1}"):
+                n, k = chunk.unbind(1)
+                i = chosen[n, k]
+                x_t, o_old, o_ref = path.x[n, i], path.o_old[n, i], path.o_ref[n, i]
+                # 4a: the clipped guidance, with its weight
+                size = g[n, k].flatten(1).norm(dim=1)
+                push = args.scale * grid.at(eta, i, x_t) * clip_norm(g[n, k], limit)
+                # 4b: the regression
+                o = policy.predict(x_t, grid.time(i, len(n), run.device), path.cond[n], args.cfg)
+                shift = grid.at(grid.o_coef, i, o) * (o - o_ref)  # mu_theta - mu_ref
+                net_loss, values = torch.zeros(len(n), device=run.device), {}
+                if args.method == "vgg-flow":
+                    if args.value_net:
+                        net_loss = value_loss(policy, phi["net"], grid, path, chosen, g, eta, n, k, limit, args)
+                        push = push + args.scale * phi["net"](x_t, grid.t[i].to(x_t)).detach()
+                    loss = vgg_loss(o, o_ref, push)
+                else:
+                    sigma = grid.at(grid.sigma, i, o)
+                    drift = shift / sigma
+                    if args.flow_net:
+                        x_s, s = path.x[n, i + 1], torch.cat([grid.t, torch.zeros(1).double()])[i + 1].to(x_t)
+                        push = push + phi["net"](x_s, s)
+                        net_loss = (phi["net"](path.x[n, -1], torch.zeros_like(s)) ** 2).flatten(1).mean(1)
+                    if args.method == "residual-db":
+                        loss = db_loss(drift, push, sigma, args.residual_scale)
                     else:
-                        sigma = grid.at(grid.sigma, i, o)
-                        drift = shift / sigma
-                        if args.flow_net:
-                            x_s, s = path.x[n, i + 1], torch.cat([grid.t, torch.zeros(1).double()])[i + 1].to(x_t)
-                            push = push + phi["net"](x_s, s)
-                            net_loss = (phi["net"](path.x[n, -1], torch.zeros_like(s)) ** 2).flatten(1).mean(1)
-                        if args.method == "residual-db":
-                            loss = db_loss(drift, push, sigma, args.residual_scale)
-                        else:
-                            mu = grid.mu(x_t, o, i)
-                            loss = sqdf_loss(mu, push, drift, args.alpha)
-                        values = {"kl/ref": common.kl_divergence(drift, args.logprob_reduce)}
-                    # 4c: + the pull to the old outputs, gradients
-                    old = ((o - o_old) ** 2).flatten(1).mean(1)
-                    row = loss + args.old_coef * old + net_loss
-                    optimiser.backward(row.sum() / rows_per_update)
-                    moved = (shift**2).flatten(1).mean(1)
-                    for j in i.unique().tolist():
-                        values |= {f"drift/{j:02d}": moved[i == j], f"guidance_norm/{j:02d}": size[i == j]}
-                    stats.add(values | {
-                        "loss/total": row, "loss/guidance": loss, "loss/old": old, "loss/net": net_loss, "drift/mean": moved,
-                        "guidance/norm": size, "guidance/clip_frac": (size > limit).float(),
-                    })  # fmt: skip
-                    bar.update(len(n))
-                bar.close()
-                norms.append(optimiser.step())
-                if args.guidance_quantile:
-                    limit = norm_quantile(g[part[:, 0], part[:, 1]], chosen.numel(), args.guidance_quantile, run)
+                        mu = grid.mu(x_t, o, i)
+                        loss = sqdf_loss(mu, push, drift, args.alpha)
+                    values = {"kl/ref": common.kl_divergence(drift, args.logprob_reduce)}
+                # 4c: + the pull to the old outputs, gradients
+                old = ((o - o_old) ** 2).flatten(1).mean(1)
+                row = loss + args.old_coef * old + net_loss
+                optimiser.backward(row.sum() / rows_per_update)
+                moved = (shift**2).flatten(1).mean(1)
+                for j in i.unique().tolist():
+                    values |= {f"drift/{j:02d}": moved[i == j], f"guidance_norm/{j:02d}": size[i == j]}
+                stats.add(values | {
+                    "loss/total": row, "loss/guidance": loss, "loss/old": old, "loss/net": net_loss, "drift/mean": moved,
+                    "guidance/norm": size, "guidance/clip_frac": (size > limit).float(),
+                })  # fmt: skip
+            norms.append(optimiser.step())
+            if args.guidance_quantile:
+                limit = norm_quantile(g[part[:, 0], part[:, 1]], chosen.numel(), args.guidance_quantile, run)
 
         # ---- 5 log, samples, checkpoint, eval -----------------------------------------------------------------------
         norm = torch.tensor(norms).mean(0).tolist()

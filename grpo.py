@@ -28,7 +28,6 @@ Port:  copy the functions under "method": tensors in, tensors out.
 import dataclasses
 
 import torch
-from tqdm import tqdm
 
 import common
 import rewards
@@ -96,11 +95,8 @@ def check(args):
         raise common.UsageError(f"--fair-clip {args.fair_clip} does not go with --loss {args.loss}; use grpo or pcpo")
     if args.pcpo_weights == "zeta" and args.kind == "eps" or args.pcpo_weights == "public" and args.kind == "flow":
         raise common.UsageError(f"--pcpo-weights {args.pcpo_weights} does not fit --model {args.model}; use {'public or loss-only' if args.kind == 'eps' else 'zeta'}")
-    for name in ("clip_range", "adv_clip", "pcpo_w"):
-        if not getattr(args, name) > 0:
-            raise common.UsageError(f"--{name.replace('_', '-')} {getattr(args, name)} must be above 0")
-    if not args.beta >= 0:
-        raise common.UsageError(f"--beta {args.beta} is negative; use 0 or more")
+    common.check_above_zero(args, "clip_range", "adv_clip", "pcpo_w")
+    common.check_not_negative(args, "beta")
     if args.sde_window < 0 or args.sde_window_every < 1:
         raise common.UsageError(f"--sde-window {args.sde_window} every {args.sde_window_every} epochs is impossible; use 0 or more steps, every 1 or more")
     args.sde_window_range = args.sde_window_range or [0, args.train_steps]
@@ -108,10 +104,8 @@ def check(args):
     if args.sde_window and not 0 <= first < first + args.sde_window <= end <= args.train_steps:
         raise common.UsageError(f"--sde-window {args.sde_window} does not fit into steps {first} to {end} of the {args.train_steps} trained ones; use a smaller window or another --sde-window-range")
     common.check_updates(args, args.num_prompts * args.group_size * (args.sde_window or args.train_steps))
-    if args.logprob_reduce == "sum" and args.clip_range < 1e-2 and args.loss in ("ddpo", "grpo", "pcpo"):
-        d = common.latent_size(args)
-        print(f"warning: --clip-range {args.clip_range} is meant for mean log-probs; with --logprob-reduce sum the same range is "
-              + (f"{args.clip_range * d:g} (times the latent's {d} scalars)" if d else "that times the latent's size d"))  # fmt: skip
+    if args.loss in ("ddpo", "grpo", "pcpo"):
+        common.warn_of_clip_range(args)
 
 
 def sizes(args) -> dict[str, str]:
@@ -215,8 +209,7 @@ def main(args):
     run = common.setup(args, "grpo")
     policy = common.Policy(args, run)
     params = common.add_lora(policy, args)
-    reward = rewards.load(args.reward, run.device, torch.float32, args.paths)
-    more = rewards.load(args.eval_rewards, run.device, torch.float32, args.eval_paths) if args.eval_rewards else None
+    reward, more = rewards.load_args(args, run.device)
     native = common.make_grid(policy.pipe.scheduler, policy.kind, args.steps, args.kernel, args.noise_level)
     ode = common.make_grid(policy.pipe.scheduler, policy.kind, args.steps, "ode", 0.0)
     public = args.loss == "pcpo" and args.pcpo_weights == "public"
@@ -248,14 +241,14 @@ def main(args):
             final, parts = reward(policy.decode(path.x[:, -1]), batch.texts, batch.metadata, chunk=args.reward_batch_size)
 
         # ---- 3 advantage --------------------------------------------------------------------------------------------
-        returns = final[:, None].expand(-1, len(steps))  # (B, S), S = trained steps
+        returns = final  # (B,), or (B, S) with S trained steps
         if args.kl.startswith("implicit"):
             w = grid.at(grid.w, torch.tensor(steps), path.z[0])
             drift = torch.stack([-common.log_ratio(w * (r - o)[steps], z[steps], args.logprob_reduce)
                                  for r, o, z in zip(path.o_ref, path.o_old, path.z)])  # fmt: skip
-            returns = returns - args.beta * (drift if args.kl == "implicit" else drift.sum(1, keepdim=True))
-        columns = [common.group_advantage(column, args.group_size, args.adv_norm, run) for column in returns.T]
-        adv, zero = (torch.stack(parts_, 1) for parts_ in zip(*columns))
+            returns = final[:, None] - args.beta * drift if args.kl == "implicit" else final - args.beta * drift.sum(1)
+        adv, zero = common.group_advantage(returns, args.group_size, args.adv_norm, run)
+        adv, zero = (v.view(len(final), -1).expand(-1, len(steps)) for v in (adv, zero))
         clipped = adv.abs() > args.adv_clip
         adv = adv.clamp(-args.adv_clip, args.adv_clip)
 
@@ -266,61 +259,57 @@ def main(args):
         column[steps] = torch.arange(len(steps))
         weights = pcpo_weights(native, steps, args.pcpo_weights, args.pcpo_zeta)
         rows_per_update = args.num_prompts * args.group_size * len(steps) / args.updates_per_epoch
-        for inner in range(args.inner_epochs):
-            for update, part in enumerate(common.shuffled_rows(args, run, steps, epoch, inner)):
-                bar = tqdm(total=len(part), desc=f"update {update + 1}", leave=False, disable=not run.is_main or None)
-                for chunk in common.micro_batches(part, args.micro_batch_size):
-                    n, i = chunk.unbind(1)
-                    x_t, z, o_old = path.x[n, i], path.z[n, i], path.o_old[n, i]
-                    a, sigma, dt = adv[n, column[i]], grid.sigma[i].to(x_t), grid.dt[i].to(x_t)
-                    # 4a: the log ratio; moved = (mu_theta - mu_old) / sigma, z = (x_s - mu_old) / sigma
-                    o = policy.predict(x_t, grid.time(i, len(n), run.device), path.cond[n], args.cfg)
-                    moved = grid.at(grid.w, i, o) * (o - o_old)
-                    log_ratio = common.log_ratio(moved, z, args.logprob_reduce)
-                    if inner == update == 0 and not checked:
-                        stats.top("ratio/start_deviation", common.check_start(moved, z, args, run, epoch))
-                        checked = True
-                    # 4b: the loss
-                    clip_range = args.clip_range if args.fair_clip == "none" else fair_range(args.clip_range, sigma)
-                    if args.loss == "reinforce":
-                        loss = reinforce_loss(a, log_ratio)
-                    elif args.loss == "epg":
-                        loss = epg_loss(a, log_ratio)
-                    elif args.loss == "pcpo":
-                        if args.pcpo_weights != "none":
-                            log_ratio = common.log_ratio(grid.at(weights, i, o) * (o - o_old), z, args.logprob_reduce)
-                        loss = pcpo_loss(a, log_ratio, clip_range)
-                    elif args.loss == "guard":
-                        log_ratio = guard_log_ratio(moved, z, sigma, args.logprob_reduce)
-                        loss = clipped_loss(a, log_ratio, clip_range) / dt
-                    else:  # grpo, ddpo
-                        loss = clipped_loss(a, log_ratio, clip_range)
-                    if args.fair_clip == "guard":
-                        loss = loss * sigma / dt
-                    # 4c: + KL, gradients
-                    kl = torch.zeros_like(loss)
-                    values = {}
-                    if reference:
-                        o_ref = path.o_ref[n, i]
-                        values["kl/ref"] = common.kl_divergence(grid.at(grid.w, i, o) * (o - o_ref), args.logprob_reduce)
-                    if args.kl in ("mean", "mean-nodt"):
-                        kl = values["kl/ref"] if args.kl_anchor == "ref" else common.kl_divergence(moved, args.logprob_reduce)
-                        kl = kl * dt if args.kl == "mean-nodt" else kl
-                    elif args.kl == "velocity":
-                        kl = common.reduce_latent((o - (o_ref if args.kl_anchor == "ref" else o_old)) ** 2, "mean")
-                    row = loss + args.beta * kl
-                    optimiser.backward(row.sum() / rows_per_update)
-                    ratio = log_ratio.exp()
-                    outside = (log_ratio if args.loss == "pcpo" else ratio - 1).abs() > clip_range
-                    stats.add(values | {
-                        "loss/total": row, "loss/policy": loss, "loss/kl": kl, "ratio/mean": ratio,
-                        "ratio/clip_frac": outside.float(), "ratio/approx_kl": 0.5 * log_ratio**2,
-                        "adv/mean": a, "adv/zero_std_frac": zero[n, column[i]].float(), "adv/clip_frac": clipped[n, column[i]].float(),
-                    })  # fmt: skip
-                    stats.top("ratio/max", ratio.max().item())
-                    bar.update(len(n))
-                bar.close()
-                norms += optimiser.step()
+        for update, part in enumerate(common.epoch_updates(args, run, steps, epoch)):
+            for chunk in common.micro_batches(part, args.micro_batch_size, run, f"update {update + 1}"):
+                n, i = chunk.unbind(1)
+                x_t, z, o_old = path.x[n, i], path.z[n, i], path.o_old[n, i]
+                a, sigma, dt = adv[n, column[i]], grid.sigma[i].to(x_t), grid.dt[i].to(x_t)
+                # 4a: the log ratio; moved = (mu_theta - mu_old) / sigma, z = (x_s - mu_old) / sigma
+                o = policy.predict(x_t, grid.time(i, len(n), run.device), path.cond[n], args.cfg)
+                moved = grid.at(grid.w, i, o) * (o - o_old)
+                log_ratio = common.log_ratio(moved, z, args.logprob_reduce)
+                if update == 0 and not checked:
+                    stats.top("ratio/start_deviation", common.check_start(moved, z, args, run, epoch))
+                    checked = True
+                # 4b: the loss
+                clip_range = args.clip_range if args.fair_clip == "none" else fair_range(args.clip_range, sigma)
+                if args.loss == "reinforce":
+                    loss = reinforce_loss(a, log_ratio)
+                elif args.loss == "epg":
+                    loss = epg_loss(a, log_ratio)
+                elif args.loss == "pcpo":
+                    if args.pcpo_weights != "none":
+                        log_ratio = common.log_ratio(grid.at(weights, i, o) * (o - o_old), z, args.logprob_reduce)
+                    loss = pcpo_loss(a, log_ratio, clip_range)
+                elif args.loss == "guard":
+                    log_ratio = guard_log_ratio(moved, z, sigma, args.logprob_reduce)
+                    loss = clipped_loss(a, log_ratio, clip_range) / dt
+                else:  # grpo, ddpo
+                    loss = clipped_loss(a, log_ratio, clip_range)
+                if args.fair_clip == "guard":
+                    loss = loss * sigma / dt
+                # 4c: + KL, gradients
+                kl = torch.zeros_like(loss)
+                values = {}
+                if reference:
+                    o_ref = path.o_ref[n, i]
+                    values["kl/ref"] = common.kl_divergence(grid.at(grid.w, i, o) * (o - o_ref), args.logprob_reduce)
+                if args.kl in ("mean", "mean-nodt"):
+                    kl = values["kl/ref"] if args.kl_anchor == "ref" else common.kl_divergence(moved, args.logprob_reduce)
+                    kl = kl * dt if args.kl == "mean-nodt" else kl
+                elif args.kl == "velocity":
+                    kl = common.reduce_latent((o - (o_ref if args.kl_anchor == "ref" else o_old)) ** 2, "mean")
+                row = loss + args.beta * kl
+                optimiser.backward(row.sum() / rows_per_update)
+                ratio = log_ratio.exp()
+                outside = (log_ratio if args.loss == "pcpo" else ratio - 1).abs() > clip_range
+                stats.add(values | {
+                    "loss/total": row, "loss/policy": loss, "loss/kl": kl, "ratio/mean": ratio,
+                    "ratio/clip_frac": outside.float(), "ratio/approx_kl": 0.5 * log_ratio**2,
+                    "adv/mean": a, "adv/zero_std_frac": zero[n, column[i]].float(), "adv/clip_frac": clipped[n, column[i]].float(),
+                })  # fmt: skip
+                stats.top("ratio/max", ratio.max().item())
+            norms += optimiser.step()
 
         # ---- 5 log, samples, checkpoint, eval -----------------------------------------------------------------------
         metrics = stats.result(run, std=("adv/mean",)) | {"window/first": first, "grad/norm": sum(norms) / len(norms)}

@@ -462,6 +462,12 @@ def check_args(args) -> None:
         check(args.eval_rewards, args.eval_paths, *held_out)
 
 
+def load_args(args, device) -> tuple:
+    """load() of a trainer's --reward, and of its --eval-rewards or None; after check_args()."""
+    more = load(args.eval_rewards, device, torch.float32, args.eval_paths) if args.eval_rewards else None
+    return load(args.reward, device, torch.float32, args.paths), more
+
+
 def load(spec: str, device="cpu", dtype=torch.float32, paths=None) -> Reward:
     """The reward of a spec.  Each model is loaded once per process, also when two rewards share it."""
     parsed = parse_spec(spec)

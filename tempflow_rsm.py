@@ -127,18 +127,14 @@ def check(args):
         raise common.UsageError(f"--fair-clip {args.fair_clip} does not go with --reweight {args.reweight}; use none or tempflow")
     if args.kl == "heuristic" and args.kind == "eps":
         raise common.UsageError(f"--kl heuristic needs a flow model (g_t of its SDE), --model {args.model} is not one; use true")
-    for name in ("clip_range", "adv_clip", "tempflow_scale"):
-        if not getattr(args, name) > 0:
-            raise common.UsageError(f"--{name.replace('_', '-')} {getattr(args, name)} must be above 0")
-    if args.anchor_max_ratio is not None and args.anchor_max_ratio < 0:
-        raise common.UsageError(f"--anchor-max-ratio {args.anchor_max_ratio} is negative; use 0 or more")
+    common.check_above_zero(args, "clip_range", "adv_clip", "tempflow_scale")
+    common.check_not_negative(args, "beta", "anchor_beta", "entropy", "pcpo_w")
+    if args.anchor_max_ratio is not None:
+        common.check_not_negative(args, "anchor_max_ratio")
     if args.widths:
         states = args.num_prompts * args.group_size * (sum(map(bool, args.widths)) + len(anchor_steps(args, args.widths)))
         if args.updates_per_epoch > states:
             raise common.UsageError(f"--updates-per-epoch {args.updates_per_epoch} is more than the {states} states of an epoch; use fewer")
-    for name in ("beta", "anchor_beta", "entropy", "pcpo_w"):
-        if getattr(args, name) < 0:
-            raise common.UsageError(f"--{name.replace('_', '-')} {getattr(args, name)} is negative; use 0 or more")
 
 
 def sizes(args) -> dict[str, str]:
@@ -391,8 +387,7 @@ def main(args):
     run = common.setup(args, "tempflow_rsm")
     policy = common.Policy(args, run)
     params = common.add_lora(policy, args)
-    reward = rewards.load(args.reward, run.device, torch.float32, args.paths)
-    more = rewards.load(args.eval_rewards, run.device, torch.float32, args.eval_paths) if args.eval_rewards else None
+    reward, more = rewards.load_args(args, run.device)
     native = common.make_grid(policy.pipe.scheduler, policy.kind, args.steps, args.kernel, args.noise_level)
     ode = common.make_grid(policy.pipe.scheduler, policy.kind, args.steps, "ode", 0.0)
     sde = pcpo_grid(native, args.pcpo_w) if args.reweight == "pcpo" and policy.kind == "eps" and args.pcpo_w else native
@@ -442,106 +437,101 @@ def main(args):
         parts = {name: torch.cat([p[name] for _, p in scores.values()]) for name in next(iter(scores.values()))[1]}
 
         # ---- 3 advantage --------------------------------------------------------------------------------------------
-        parents, children, spread = [], [], {}  # one row per state; one row per child, in the order of the parents
-        for i, level in levels.items():
-            count, width = level.z.shape[:2]
-            parents.append((level.x_t, level.o_old, level.o_ref, torch.full((count,), i), torch.full((count,), width)))
-            if width:
-                seeds = args.group_size if args.grouping == "prompt" else 1
-                group = seeds * width * count // len(batch.prompts)
-                adv, equal = common.group_advantage(level.value.flatten(), group, "group", run)
-                children.append((level.z.flatten(0, 1), adv.clamp(-args.adv_clip, args.adv_clip), equal))
-                spread[f"value_std/{i:02d}"] = common.gather(level.value.view(-1, group).std(1, correction=0), run).mean().item()
-        x_t, o_old, o_ref = (torch.cat(c) if c[0] is not None else None for c in list(zip(*parents))[:3])
-        step, width = (torch.cat(c) for c in list(zip(*parents))[3:])
-        z, adv, equal = (torch.cat(c) for c in zip(*children))
+        children, spread = [], {}
+        for i in with_children:
+            level = levels[i]
+            seeds = args.group_size if args.grouping == "prompt" else 1
+            group = seeds * level.value.numel() // len(batch.prompts)
+            adv, equal = common.group_advantage(level.value.flatten(), group, "group", run)
+            children.append((level.z.flatten(0, 1), adv.clamp(-args.adv_clip, args.adv_clip), equal))
+            spread[f"value_std/{i:02d}"] = common.gather(level.value.view(-1, group).std(1, correction=0), run).mean().item()
+        z, adv, equal = (torch.cat(c) for c in zip(*children))  # a row per child, in the order of the states
+        every = list(levels.values())  # x_t, o_old, o_ref, step, width, sample: a row per state
+        x_t, o_old = torch.cat([level.x_t for level in every]), torch.cat([level.o_old for level in every])
+        o_ref = torch.cat([level.o_ref for level in every]) if needs_reference(args) else None
+        count = torch.tensor([len(level.x_t) for level in every])
+        nodes = dict(zip(levels, (count // len(batch.prompts)).tolist()))  # states per image
+        step, width = (torch.tensor(v).repeat_interleave(count) for v in (list(levels), [level.z.shape[1] for level in every]))
+        sample = torch.cat([torch.arange(len(batch.prompts)).repeat_interleave(m) for m in nodes.values()])
         first_child = width.cumsum(0) - width
-        first_parent = dict(zip(levels, [0, *torch.tensor([len(p[3]) for p in parents]).cumsum(0).tolist()]))
-        sample = torch.cat([torch.arange(len(p[3])) * len(batch.prompts) // len(p[3]) for p in parents])
+        first_parent = dict(zip(levels, (count.cumsum(0) - count).tolist()))
 
         # ---- 4 update -----------------------------------------------------------------------------------------------
         recorder.phase()
         stats, norms, checked = common.Stats(means, tops), [], False
         anchored = kept_anchors(args, run, epoch, [i for i in levels if not widths[i]], sum(widths))
-        for inner in range(args.inner_epochs):
-            for update, part in enumerate(common.shuffled_rows(args, run, list(levels), epoch, inner)):
-                # the states of each (image, step), without the anchors that are left out
-                nodes = {i: len(level.x_t) // len(batch.prompts) for i, level in levels.items()}
-                part = [(n, i) for n, i in part.tolist() if widths[i] or anchored is None or (batch.indices[n], i) in anchored]
-                mine = torch.tensor([first_parent[i] + n * nodes[i] + m for n, i in part for m in range(nodes[i])], dtype=torch.long)
-                family = [torch.arange(first_child[p], first_child[p] + width[p]) for p in mine]
-                count = {"rows": float(sum((~equal[f]).sum() for f in family)), "anchors": float((width[mine] == 0).sum())}
-                count = {k: max(1.0, v) for k, v in common.all_reduce(count, run).items()}
-                bar = tqdm(total=len(mine), desc=f"update {update + 1}", leave=False, disable=not run.is_main or None)
-                for begin in range(0, len(mine), args.micro_batch_size):
-                    p = mine[begin : begin + args.micro_batch_size]
-                    o = policy.predict(x_t[p], ode.time(step[p], len(p), run.device), batch.cond[sample[p]], args.cfg)
-                    # 4a: each child's log ratio; its parent's outputs are its own
-                    c = torch.cat(family[begin : begin + args.micro_batch_size])
-                    own = torch.arange(len(p)).repeat_interleave(width[p])
-                    i = step[p][own]
-                    sigma, dt, a = sde.sigma[i].to(x_t), sde.dt[i].to(x_t), adv[c]
-                    shift = (o - o_old[p])[own]
-                    moved = sde.at(sde.w, i, o) * shift
-                    log_ratio = common.log_ratio(moved, z[c], args.logprob_reduce)
-                    if inner == update == 0 and not checked and len(c):
-                        stats.top("ratio/start_deviation", common.check_start(moved, z[c], args, run, epoch))
-                        checked = True
-                    # 4b: the loss, its gamma(t) and its clip range
-                    gamma, c2, pushed = torch.ones_like(a), a, moved
-                    if args.reweight == "tempflow":
-                        gamma, c2 = args.tempflow_scale * sigma, args.tempflow_scale * sigma * a
-                    elif args.reweight == "pcpo":
-                        pushed = sde.at(weights, i, o) * shift
-                        log_ratio = common.log_ratio(pushed, z[c], args.logprob_reduce)
-                        gamma = (weights / sde.w)[i].to(x_t)
-                        c2 = gamma**2 * a
-                    elif args.reweight == "guard":
-                        log_ratio = common.reduce_latent(moved * z[c], args.logprob_reduce) * sigma
-                        gamma, c2 = sigma / dt, torch.zeros_like(a)
-                    clip_range = args.clip_range / sigma**2 if args.fair_clip != "none" else args.clip_range
-                    if args.loss == "ppo":
-                        loss = clipped_loss(a, log_ratio, clip_range)
-                    else:
-                        loss = hinge_loss(a, log_ratio, clip_range)
-                    if args.reweight == "guard":
-                        loss = loss / dt
-                    elif args.reweight == "tempflow":
-                        loss = loss * gamma
-                    if args.fair_clip == "guard":
-                        loss = loss * sigma / dt
-                    # 4c: + KL, anchors, gradients
-                    kl, policy_loss = torch.zeros_like(loss), loss
-                    values, anchor = {}, torch.zeros(0, device=run.device)
-                    if o_ref is not None:
-                        drift = o - o_ref[p]
-                        here = common.kl_divergence(sde.at(sde.w, step[p], o) * drift, args.logprob_reduce)
-                        values["kl/ref"] = here
-                        if args.kl != "none":
-                            kl = here[own] * (dt if args.kl == "heuristic" else 1.0)
-                        anchor = here * mean_width
-                        if args.anchor_form == "pcpo":
-                            anchor = 0.5 * (args.pcpo_w or 1.0) ** 2 * common.reduce_latent(drift**2, "mean")
-                        anchor = anchor[width[p] == 0]
-                    row = loss + args.beta * kl
-                    if args.loss == "rsm":
-                        open_row = loss.detach() > 0
-                        eq10 = rsm_loss(a, sde.at(sde.w, i, o) * drift[own], moved, z[c], gamma, c2 / args.beta, args.beta, open_row)
-                        row = common.reduce_latent(eq10, args.logprob_reduce)
-                    row = row * ~equal[c]
-                    if args.branching == "trunk":
-                        row = row * mean_width / width[p][own].to(row)
-                    optimiser.backward(row.sum() / count["rows"] + args.anchor_beta * anchor.sum() / count["anchors"])
-                    ratio = log_ratio.exp()
-                    stats.add(values | {
-                        "loss/total": row, "loss/policy": policy_loss, "loss/kl": kl, "loss/anchor": anchor, "ratio/mean": ratio,
-                        "ratio/clip_frac": (log_ratio.abs() > clip_range).float(), "ratio/approx_kl": 0.5 * log_ratio**2,
-                        "adv/mean": a, "adv/zero_std_frac": equal[c].float(),
-                    })  # fmt: skip
-                    stats.top("ratio/max", ratio.max().item() if len(c) else 0.0)
-                    bar.update(len(p))
-                bar.close()
-                norms += optimiser.step()
+        for update, part in enumerate(common.epoch_updates(args, run, list(levels), epoch)):
+            # the states of each (image, step), without the anchors that are left out
+            part = [(n, i) for n, i in part.tolist() if widths[i] or anchored is None or (batch.indices[n], i) in anchored]
+            mine = torch.tensor([first_parent[i] + n * nodes[i] + m for n, i in part for m in range(nodes[i])], dtype=torch.long)
+            family = [torch.arange(first_child[p], first_child[p] + width[p]) for p in mine]
+            count = {"rows": float(sum((~equal[f]).sum() for f in family)), "anchors": float((width[mine] == 0).sum())}
+            count = {k: max(1.0, v) for k, v in common.all_reduce(count, run).items()}
+            for rows in common.micro_batches(torch.arange(len(mine)), args.micro_batch_size, run, f"update {update + 1}"):
+                p = mine[rows]
+                o = policy.predict(x_t[p], ode.time(step[p], len(p), run.device), batch.cond[sample[p]], args.cfg)
+                # 4a: each child's log ratio; its parent's outputs are its own
+                c = torch.cat([family[j] for j in rows])
+                own = torch.arange(len(p)).repeat_interleave(width[p])
+                i = step[p][own]
+                sigma, dt, a = sde.sigma[i].to(x_t), sde.dt[i].to(x_t), adv[c]
+                shift = (o - o_old[p])[own]
+                moved = sde.at(sde.w, i, o) * shift
+                log_ratio = common.log_ratio(moved, z[c], args.logprob_reduce)
+                if update == 0 and not checked and len(c):
+                    stats.top("ratio/start_deviation", common.check_start(moved, z[c], args, run, epoch))
+                    checked = True
+                # 4b: the loss, its gamma(t) and its clip range
+                gamma, c2 = torch.ones_like(a), a
+                if args.reweight == "tempflow":
+                    gamma, c2 = args.tempflow_scale * sigma, args.tempflow_scale * sigma * a
+                elif args.reweight == "pcpo":
+                    log_ratio = common.log_ratio(sde.at(weights, i, o) * shift, z[c], args.logprob_reduce)
+                    gamma = (weights / sde.w)[i].to(x_t)
+                    c2 = gamma**2 * a
+                elif args.reweight == "guard":
+                    log_ratio = common.reduce_latent(moved * z[c], args.logprob_reduce) * sigma
+                    gamma, c2 = sigma / dt, torch.zeros_like(a)
+                clip_range = args.clip_range / sigma**2 if args.fair_clip != "none" else args.clip_range
+                if args.loss == "ppo":
+                    loss = clipped_loss(a, log_ratio, clip_range)
+                else:
+                    loss = hinge_loss(a, log_ratio, clip_range)
+                if args.reweight == "guard":
+                    loss = loss / dt
+                elif args.reweight == "tempflow":
+                    loss = loss * gamma
+                if args.fair_clip == "guard":
+                    loss = loss * sigma / dt
+                # 4c: + KL, anchors, gradients
+                kl, values, anchor = torch.zeros_like(loss), {}, torch.zeros(0, device=run.device)
+                if o_ref is not None:
+                    drift = o - o_ref[p]
+                    here = common.kl_divergence(sde.at(sde.w, step[p], o) * drift, args.logprob_reduce)
+                    values["kl/ref"] = here
+                    if args.kl != "none":
+                        kl = here[own] * (dt if args.kl == "heuristic" else 1.0)
+                    anchor = here * mean_width
+                    if args.anchor_form == "pcpo":
+                        anchor = 0.5 * (args.pcpo_w or 1.0) ** 2 * common.reduce_latent(drift**2, "mean")
+                    anchor = anchor[width[p] == 0]
+                row = loss + args.beta * kl
+                if args.loss == "rsm":
+                    open_row = loss.detach() > 0
+                    eq10 = rsm_loss(a, sde.at(sde.w, i, o) * drift[own], moved, z[c], gamma, c2 / args.beta, args.beta, open_row)
+                    row = common.reduce_latent(eq10, args.logprob_reduce)
+                row = row * ~equal[c]
+                if args.branching == "trunk":
+                    row = row * mean_width / width[p][own].to(row)
+                optimiser.backward(row.sum() / count["rows"] + args.anchor_beta * anchor.sum() / count["anchors"])
+                ratio = log_ratio.exp()
+                stats.add(values | {
+                    "loss/total": row, "loss/policy": loss, "loss/kl": kl, "loss/anchor": anchor, "ratio/mean": ratio,
+                    "ratio/clip_frac": (log_ratio.abs() > clip_range).float(), "ratio/approx_kl": 0.5 * log_ratio**2,
+                    "adv/mean": a, "adv/zero_std_frac": equal[c].float(),
+                })  # fmt: skip
+                stats.top("ratio/max", ratio.max().item() if len(c) else 0.0)
+            norms += optimiser.step()
 
         # ---- 5 log, samples, checkpoint, eval -----------------------------------------------------------------------
         metrics = stats.result(run, std=("adv/mean",)) | spread | {"grad/norm": sum(norms) / len(norms)}

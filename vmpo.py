@@ -28,7 +28,6 @@ Port:  copy diff_potential(), log_weights() and vmpo_loss(): tensors in, tensors
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
 import common
 import rewards
@@ -100,12 +99,10 @@ def check(args):
         raise common.UsageError(f"--objective {args.objective} differentiates with respect to x_t, through both branches of the guidance; leave --detach-uncond out")
     if args.objective in GRADIENT:
         for name, _ in rewards.parse_spec(args.reward):
-            if name in rewards.REWARDS and not rewards.is_differentiable(name):
+            if not rewards.is_differentiable(name):
                 raise common.UsageError(f"--objective {args.objective} needs a differentiable reward and {name} is not one; use e.g. clipscore, hpsv2 or imagereward")
-    if args.objective == "ppo" and args.logprob_reduce == "sum" and args.clip_range < 1e-2:
-        d = common.latent_size(args)
-        print(f"warning: --clip-range {args.clip_range} is meant for mean log-probs; with --logprob-reduce sum the same range is "
-              + (f"{args.clip_range * d:g} (times the latent's {d} scalars)" if d else "that times the latent's size d"))  # fmt: skip
+    if args.objective == "ppo":
+        common.warn_of_clip_range(args)
 
 
 def sizes(args) -> dict[str, str]:
@@ -216,10 +213,7 @@ def main(args):
     torch.backends.cuda.enable_cudnn_sdp(not second_order)
     policy = common.Policy(args, run)
     params = common.add_lora(policy, args)
-    reward = rewards.load(args.reward, run.device, torch.float32, args.paths)
-    more = rewards.load(args.eval_rewards, run.device, torch.float32, args.eval_paths) if args.eval_rewards else None
-    if args.objective in GRADIENT and not reward.differentiable:
-        raise common.UsageError(f"--objective {args.objective} needs a differentiable reward and {args.reward} is not one")
+    reward, more = rewards.load_args(args, run.device)
     grid = common.make_grid(policy.pipe.scheduler, policy.kind, args.steps, args.kernel, args.noise_level)
     steps = common.policy_steps(grid, args.train_steps)
     torch.manual_seed(args.seed)
@@ -288,67 +282,63 @@ def main(args):
         column = torch.full((grid.steps,), -1)
         column[steps] = torch.arange(len(steps))
         rows_per_update = args.num_prompts * args.group_size * len(steps) / args.updates_per_epoch
-        for inner in range(args.inner_epochs):
-            for update, part in enumerate(common.shuffled_rows(args, run, steps, epoch, inner)):
-                bar = tqdm(total=len(part), desc=f"update {update + 1}", leave=False, disable=not run.is_main or None)
-                for chunk in common.micro_batches(part, args.micro_batch_size):
-                    n, i = chunk.unbind(1)
-                    x_t, z_old, o_old, o_ref = path.x[n, i], path.z[n, i], path.o_old[n, i], path.o_ref[n, i]
-                    # 4a: log R and log w of Eq. 1; moved = (mu_theta - mu_old) / sigma, z = (x_s - mu_theta) / sigma
-                    x_t.requires_grad_(second_order)
-                    o = policy.predict(x_t, grid.time(i, len(n), run.device), path.cond[n], args.cfg)
-                    w = grid.at(grid.w, i, o)
-                    moved = w * (o - o_old)
-                    z = z_old - moved
-                    log_r = common.log_ratio(w * (o_ref - o), z, args.logprob_reduce)
-                    log_p = common.log_ratio(moved, z_old, args.logprob_reduce)  # log p_theta - log p_old
-                    if inner == update == 0 and not checked:
-                        stats.top("ratio/start_deviation", common.check_start(moved, z_old, args, run, epoch))
-                        checked = True
-                    if args.potential == "learned" and args.objective not in GRADIENT:
-                        u = learned_potential(phi["potential"], path, grid, reward_t, n, i, beta)
-                    elif args.diff_reward == "train":
-                        u = fresh_potential(policy, reward, grid, path, final, n, i, o, batch.prompts, beta, args)
-                    else:
-                        u = potential[n, column[i]]
-                    log_w = log_weights(log_r, u)
-                    # 4b: the mean of log w
-                    if "mean" in phi:
-                        mean = phi["mean"](grid.t[i].to(run.device), text[n] if text_dim else None)
-                    else:
-                        mean = baseline[n, column[i]] if baseline is not None else torch.zeros_like(log_w)
-                    # 4c: the loss
-                    loss_mean = torch.zeros_like(log_w)
-                    if args.objective == "vmpo":
-                        loss, regression = vmpo_loss(log_w, mean)
-                        loss_mean = regression if "mean" in phi else loss_mean
-                    elif args.objective == "mc":
-                        loss = mc_loss(log_w, mean, k)
-                    elif args.objective == "surrogate":
-                        loss = surrogate_loss(log_w, mean, log_p, k)
-                    elif args.objective == "ppo":
-                        loss = ppo_loss(log_w, mean, log_p, args.clip_range, k)
-                    elif args.objective == "db":
-                        loss = db_loss(log_w)
-                    else:
-                        loss = match_gradients(policy, grid, path, grad_r, phi, n, i, x_t, o, z, w, beta, args)
-                    # 4d: + KL, gradients
-                    kl_ref = common.kl_divergence(w * (o - o_ref), args.logprob_reduce)
-                    kl = common.kl_divergence(moved, args.logprob_reduce) if args.kl_anchor == "old" else kl_ref
-                    if args.kl_denom == "g2":
-                        kl = kl * grid.dt[i].to(kl)
-                    row = loss + args.mean_coef * loss_mean + args.kl_coef * kl
-                    optimiser.backward(row.sum() / rows_per_update)
-                    ratio = log_p.exp()
-                    stats.add({
-                        "loss/total": row, "loss/theta": loss, "loss/mean": loss_mean, "loss/kl": kl, "kl/ref": kl_ref,
-                        "log_w/mean": log_w, "log_r/mean": log_r, "potential/mean": u, "ratio/mean": ratio,
-                        "ratio/clip_frac": ((ratio - 1).abs() > args.clip_range).float(),
-                    })  # fmt: skip
-                    stats.top("ratio/max", ratio.max().item())
-                    bar.update(len(n))
-                bar.close()
-                norms.append(optimiser.step())  # 4d: all-reduce, clip, AdamW on theta and on phi
+        for update, part in enumerate(common.epoch_updates(args, run, steps, epoch)):
+            for chunk in common.micro_batches(part, args.micro_batch_size, run, f"update {update + 1}"):
+                n, i = chunk.unbind(1)
+                x_t, z_old, o_old, o_ref = path.x[n, i], path.z[n, i], path.o_old[n, i], path.o_ref[n, i]
+                # 4a: log R and log w of Eq. 1; moved = (mu_theta - mu_old) / sigma, z = (x_s - mu_theta) / sigma
+                x_t.requires_grad_(second_order)
+                o = policy.predict(x_t, grid.time(i, len(n), run.device), path.cond[n], args.cfg)
+                w = grid.at(grid.w, i, o)
+                moved = w * (o - o_old)
+                z = z_old - moved
+                log_r = common.log_ratio(w * (o_ref - o), z, args.logprob_reduce)
+                log_p = common.log_ratio(moved, z_old, args.logprob_reduce)  # log p_theta - log p_old
+                if update == 0 and not checked:
+                    stats.top("ratio/start_deviation", common.check_start(moved, z_old, args, run, epoch))
+                    checked = True
+                if args.potential == "learned" and args.objective not in GRADIENT:
+                    u = learned_potential(phi["potential"], path, grid, reward_t, n, i, beta)
+                elif args.diff_reward == "train":
+                    u = fresh_potential(policy, reward, grid, path, final, n, i, o, batch.prompts, beta, args)
+                else:
+                    u = potential[n, column[i]]
+                log_w = log_weights(log_r, u)
+                # 4b: the mean of log w
+                if "mean" in phi:
+                    mean = phi["mean"](grid.t[i].to(run.device), text[n] if text_dim else None)
+                else:
+                    mean = baseline[n, column[i]] if baseline is not None else torch.zeros_like(log_w)
+                # 4c: the loss
+                loss_mean = torch.zeros_like(log_w)
+                if args.objective == "vmpo":
+                    loss, regression = vmpo_loss(log_w, mean)
+                    loss_mean = regression if "mean" in phi else loss_mean
+                elif args.objective == "mc":
+                    loss = mc_loss(log_w, mean, k)
+                elif args.objective == "surrogate":
+                    loss = surrogate_loss(log_w, mean, log_p, k)
+                elif args.objective == "ppo":
+                    loss = ppo_loss(log_w, mean, log_p, args.clip_range, k)
+                elif args.objective == "db":
+                    loss = db_loss(log_w)
+                else:
+                    loss = match_gradients(policy, grid, path, grad_r, phi, n, i, x_t, o, z, w, beta, args)
+                # 4d: + KL, gradients
+                kl_ref = common.kl_divergence(w * (o - o_ref), args.logprob_reduce)
+                kl = common.kl_divergence(moved, args.logprob_reduce) if args.kl_anchor == "old" else kl_ref
+                if args.kl_denom == "g2":
+                    kl = kl * grid.dt[i].to(kl)
+                row = loss + args.mean_coef * loss_mean + args.kl_coef * kl
+                optimiser.backward(row.sum() / rows_per_update)
+                ratio = log_p.exp()
+                stats.add({
+                    "loss/total": row, "loss/theta": loss, "loss/mean": loss_mean, "loss/kl": kl, "kl/ref": kl_ref,
+                    "log_w/mean": log_w, "log_r/mean": log_r, "potential/mean": u, "ratio/mean": ratio,
+                    "ratio/clip_frac": ((ratio - 1).abs() > args.clip_range).float(),
+                })  # fmt: skip
+                stats.top("ratio/max", ratio.max().item())
+            norms.append(optimiser.step())  # 4d: all-reduce, clip, AdamW on theta and on phi
 
         # ---- 5 log, samples, checkpoint, eval -----------------------------------------------------------------------
         norm = torch.tensor(norms).mean(0).tolist()
