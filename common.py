@@ -552,6 +552,11 @@ class Cond:
     def __getitem__(self, rows) -> "Cond":
         return Cond(self.embeds, self.pooled, self.index[rows])
 
+    def __add__(self, other: "Cond") -> "Cond":
+        """The rows of both, one after the other."""
+        pooled = None if self.pooled is None else torch.cat([self.pooled, other.pooled])
+        return Cond(torch.cat([self.embeds, other.embeds]), pooled, torch.cat([self.index, other.index + len(self.embeds)]))
+
     def mean_embedding(self) -> torch.Tensor:
         """(B, D) mean over the tokens, float32."""
         return self.embeds.float().mean(1)[self.index]
@@ -674,6 +679,13 @@ class Policy:
             z = z + self.vae.config.shift_factor
         images = [self.vae.decode(c, return_dict=False)[0] for c in z.split(self.decode_batch_size)]
         return (torch.cat(images) / 2 + 0.5).clamp(0, 1)
+
+
+def second_order(needed: bool) -> None:
+    """Switches the fast CUDA attention kernels off where a gradient is differentiated again: they cannot be."""
+    torch.backends.cuda.enable_flash_sdp(not needed)
+    torch.backends.cuda.enable_mem_efficient_sdp(not needed)
+    torch.backends.cuda.enable_cudnn_sdp(not needed)
 
 
 def add_lora(policy: Policy, args) -> list[nn.Parameter]:
@@ -969,6 +981,22 @@ def rollout(policy, grid, cond, prompts, noise, cfg, micro_batch, reference=(), 
             bar.update(1)
     bar.close()
     return Rollout(x, noise[:, 1:], o_old, o_ref, cond, prompts)
+
+
+def backward_scores(policy, grid, path: Rollout, n, i, x_t, o, cfg: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """grad log p_theta and grad log p_ref (x_s | x_t), both with respect to x_t (B, C, h, w), for rows n at steps i.
+
+    o = policy.predict(x_t, ...) with x_t requiring a gradient; the first is differentiable again (second_order()).
+    """
+    x_s, sigma = path.x[n, i + 1], grid.at(grid.sigma, i, o)
+    logp = gaussian_logp(x_s, grid.mu(x_t, o, i), sigma, "sum")
+    back = torch.autograd.grad(logp.sum(), x_t, create_graph=True)[0]
+    x_ref = x_t.detach().requires_grad_()
+    with policy.reference():
+        o_ref = policy.predict(x_ref, grid.time(i, len(n), o.device), path.cond[n], cfg)
+        logp_ref = gaussian_logp(x_s, grid.mu(x_ref, o_ref, i), sigma, "sum")
+        back_ref = torch.autograd.grad(logp_ref.sum(), x_ref)[0]  # inside: checkpointing repeats the forward pass here
+    return back, back_ref
 
 
 def shuffled_rows(args, run: Run, steps: list[int], epoch: int, inner: int) -> list[torch.Tensor]:

@@ -17,10 +17,10 @@ Algorithm, one epoch (the loop below repeats the numbers):
      4b         VGG-Flow        mean ||o - o_ref + scale eta_t g||^2                                  Eq. 84-88
                 Residual-DB     mean ||(mu - mu_ref) / sigma^2 - scale eta_t g||^2, or that times sigma^2  Eq. 76-78
                 SQDF            -eta_t r(x0_hat(x_s)) + alpha mean ||mu - mu_ref||^2 / sigma^2         Eq. 79-83
+                + the backward term, if asked                                                          Eq. 67-75
      4c         + lambda mean ||o - o_old||^2;  AdamW
   5 log, checkpoint, evaluation with the same noise every time
-Differs from the papers: SQDF's reward is linearised at the rollout's x_s, which is exact for one update per rollout; its
-       replay buffer and Residual-DB's backward term are not here (vmpo.py --objective gradient-gfn has the latter).
+Differs from the papers: SQDF's reward is linearised at the rollout's x_s, which is exact for one update per rollout.
        From public code: quantiles are over all processes; SQDF's KL is kept where r <= 0; the prompt of a gradient is
        its own sample's.
 Run:   python first_order_rsm.py --preset tiny            # embedded model, CPU, minutes, no downloads
@@ -30,6 +30,7 @@ Port:  copy the functions under "method": tensors in, tensors out.
 
 import argparse
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -39,7 +40,7 @@ from torch.utils.checkpoint import checkpoint
 import common
 import rewards
 
-TINY = common.TINY | dict(reward="clipscore", reward_path=[str(common.HERE / "tiny" / "clip")], eval_rewards="shapes,shapes-strict", guidance_quantile=0.0)
+TINY = common.TINY | dict(reward="clipscore", reward_path=[str(common.HERE / "tiny" / "clip")], eval_rewards="shapes,shapes-strict", num_prompts=16, group_size=1, guidance_quantile=0.0, lr=4e-3, epochs=120)
 FLOW = dict(model="sd3.5-medium", method="vgg-flow", reward="hpsv2", prompts="prompts/geneval_train_prompts.txt", num_prompts=32, group_size=1,
             steps=20, eval_steps=40, cfg=5.0, detach_uncond=True, train_fraction=1.0, updates_per_epoch=1, lr=5e-4, weight_decay=1e-2,
             lora_rank=8, lora_alpha=8, epochs=200, micro_batch_size=4, dtype="bfloat16")  # fmt: skip
@@ -53,11 +54,11 @@ PRESETS = {
     # RSM's diffusion experiment: the pruned baseline and the redesign
     "residual-db-sd15-hpsv2": DIFFUSION,
     "rsm-sd15-hpsv2": DIFFUSION | dict(guidance="terminal", temporal="constant", residual_scale="sigma", lr=4e-3),
-    # SQDF as released, without its buffer and with the reference as look-ahead
-    "sqdf-sd15-aesthetic": dict(model="sd15", method="sqdf", reward="aesthetic", prompts="prompts/simple_animals.txt", num_prompts=64, group_size=1, step_every=50, last_step=False, guidance_clip=float("inf"), guidance_quantile=0.0, updates_per_epoch=1, lr=1e-3),
+    # SQDF as released, with the reference as look-ahead
+    "sqdf-sd15-aesthetic": dict(model="sd15", method="sqdf", reward="aesthetic", prompts="prompts/simple_animals.txt", num_prompts=64, group_size=1, step_every=50, last_step=False, guidance_clip=float("inf"), guidance_quantile=0.0, replay_size=1024, updates_per_epoch=1, lr=1e-3),
     # the embedded models: coloured shapes on a CPU, rewarded by a small CLIP (ours; docs/first_order_rsm.md)
-    "tiny": TINY | dict(model="tiny-sd35", method="vgg-flow", scale=100.0, lr=4e-4, epochs=100),
-    "tiny-sd15": TINY | dict(model="tiny-sd15", method="residual-db", scale=100.0, lr=4e-4, epochs=100, train_fraction=0.9),
+    "tiny": TINY | dict(model="tiny-sd35", method="vgg-flow", scale=75.0, guidance="terminal", temporal="linear"),
+    "tiny-sd15": TINY | dict(model="tiny-sd15", method="residual-db", scale=50.0, guidance="terminal", temporal="constant", residual_scale="sigma", train_fraction=0.9),
 }
 METHODS = {  # guidance, temporal weight, scale, network Jacobian, denoiser of the look-ahead
     "vgg-flow": ("current", "quad", 3e7, False, "policy"),
@@ -88,6 +89,10 @@ def parse_args(argv=None):
     g.add_argument("--value-net", action=yes_no, default=False, help="vgg-flow: a learned residual of the value gradient, trained by consistency along the flow and at the end (VGG-Flow; RSM: useless)")
     g.add_argument("--value-terminal", type=float, default=1e3, help="weight of its terminal loss (VGG-Flow: 1e3)")
     g.add_argument("--flow-net", action=yes_no, default=False, help="residual-db: a learned residual of the guidance, zero at x_0 (Residual-DB; RSM: useless)")
+    g.add_argument("--backward-coef", type=float, default=0.0, help="residual-db: weight of the backward term, the same balance differentiated with respect to x_t (Residual-DB: 1; RSM: unstable); 0 = none")
+    g.add_argument("--replay-size", type=int, default=0, help="residual-db, sqdf: past transitions kept, from which x_t is drawn again; x_s and the guidance are new (SQDF: 1024 aesthetic, 4096 HPS; RSM: no benefit); 0 = online only")
+    g.add_argument("--replay-ratio", type=int, default=1, help="replayed transitions per new one (SQDF: 1)")
+    g.add_argument("--replay-priority", default="uniform", choices=["uniform", "reward"], help="reward: in proportion to gamma^(steps left) r, negative ones never (SQDF has both)")
     g.add_argument("--net-lr", type=float, default=1e-3, help="learning rate of these networks")
     g.add_argument("--tiny-vae", default="", metavar="PATH", help="folder or hub id of a diffusers AutoencoderTiny (TAESD, TAESD3) that decodes for the gradient (RSM, flow)")
     g.add_argument("--checkpoint-decoder", action=yes_no, default=False, help="recompute the decoder's activations in the reward gradient: less memory")
@@ -107,7 +112,7 @@ def check(args):
         if not rewards.is_differentiable(name):
             raise common.UsageError(f"--reward {name} has no gradient, and {args.method} is a first-order method; use e.g. hpsv2, clipscore, imagereward or aesthetic, or a zeroth-order trainer (tempflow_rsm.py, grpo.py)")
     common.check_above_zero(args, "scale", "alpha", "guidance_clip", "gamma", "net_lr")
-    common.check_not_negative(args, "old_coef", "value_terminal")
+    common.check_not_negative(args, "old_coef", "value_terminal", "backward_coef", "replay_size")
     if args.gamma > 1 or not 0 <= args.guidance_quantile < 1:
         raise common.UsageError(f"--gamma {args.gamma} must be at most 1 and --guidance-quantile {args.guidance_quantile} in [0, 1)")
     if not 1 <= args.step_every <= args.train_steps:
@@ -128,9 +133,18 @@ def check(args):
         raise common.UsageError(f"--value-net follows the value gradient to the end, and {args.train_steps} of {args.steps} steps are trained; use --train-fraction 1")
     if args.value_net and (args.method != "vgg-flow" or args.kind != "flow" or args.step_every != 1 or args.guidance != "current"):
         raise common.UsageError("--value-net belongs to --method vgg-flow on a flow model, all steps, --guidance current; leave it out")
-    if args.flow_net and args.method != "residual-db":
-        raise common.UsageError(f"--flow-net belongs to residual-db, --method is {args.method}; leave it out")
-    common.check_updates(args, args.num_prompts * args.group_size * len(intervals(args)))
+    for name in ("flow_net", "backward_coef"):
+        if getattr(args, name) and args.method != "residual-db":
+            raise common.UsageError(f"--{name.replace('_', '-')} belongs to residual-db, --method is {args.method}; leave it out")
+    if args.backward_coef and (args.guidance, args.jacobian) != ("lookahead", True):
+        raise common.UsageError("--backward-coef needs the reward's gradients with respect to x_s and x_t; use --guidance lookahead --jacobian")
+    if args.backward_coef and args.detach_uncond:
+        raise common.UsageError("--backward-coef differentiates with respect to x_t, through both branches of the guidance; leave --detach-uncond out")
+    if args.replay_size and args.method == "vgg-flow":
+        raise common.UsageError(f"--replay-size {args.replay_size} belongs to residual-db and sqdf, whose steps are stochastic; leave it out")
+    if args.replay_ratio < 1:
+        raise common.UsageError(f"--replay-ratio {args.replay_ratio} is too small; use 1 or more, or --replay-size 0 for none")
+    common.check_updates(args, args.num_prompts * args.group_size * transitions(args))
 
 
 def intervals(args) -> list[tuple[int, int]]:
@@ -140,17 +154,24 @@ def intervals(args) -> list[tuple[int, int]]:
     return pieces + ([(n - 1, n)] if every > 1 and args.last_step else [])
 
 
+def transitions(args) -> int:
+    """Trained transitions per image and epoch: new ones, and for each --replay-ratio old ones."""
+    return len(intervals(args)) * (1 + args.replay_ratio * bool(args.replay_size))
+
+
 def sizes(args) -> dict[str, str]:
     """The lines of --dry-run."""
-    samples, passes, rows = args.num_prompts * args.group_size, 2 if args.cfg != 1 else 1, len(intervals(args))
+    samples, passes, rows = args.num_prompts * args.group_size, 2 if args.cfg != 1 else 1, transitions(args)
+    replayed, both = rows - len(intervals(args)), 1 + bool(args.backward_coef)  # gradients with respect to x_s, x_t
     asked = args.guidance != "terminal" and (args.jacobian or args.denoiser == "reference" or args.lookahead_model)
-    again = samples * rows * (1 if args.lookahead_model else passes) if asked else 0
-    train = samples * rows * args.inner_epochs * passes * (2 if args.value_net else 1)
+    again = samples * rows * both * (1 if args.lookahead_model else passes) if asked else 0
+    train = samples * rows * args.inner_epochs * passes * (2 if args.value_net or args.backward_coef else 1)
+    scored = replayed + 1 if args.guidance == "terminal" else rows * both
     return {
         "samples per epoch": f"{samples} = {args.num_prompts} prompts x {args.group_size}",
         "guidance": f"{args.guidance}, temporal weight {args.temporal}, scale {args.scale:g}",
-        "network evaluations per epoch": f"{samples * args.steps * passes} in the rollout, {samples * args.train_steps * passes} of the reference, {again} in the reward gradient, {train} with gradient",
-        "reward gradients per epoch": f"{samples * (1 if args.guidance == 'terminal' else rows)} images, through decoder and reward",
+        "network evaluations per epoch": f"{samples * (args.steps + replayed) * passes} in the rollout, {samples * (args.train_steps + replayed) * passes} of the reference, {again} in the reward gradient, {train} with gradient",
+        "reward gradients per epoch": f"{samples * scored} images, through decoder and reward",
         "transitions per epoch": f"{samples * rows}, {samples * rows // args.updates_per_epoch} per update",
     }
 
@@ -171,6 +192,12 @@ def temporal_weight(kind: str, grid: common.Grid, gamma: float) -> torch.Tensor:
     return torch.ones_like(grid.t)
 
 
+def weight_of_start(kind: str, grid: common.Grid, eta: torch.Tensor, gamma: float) -> torch.Tensor:
+    """eta of the state x_t of every step, (T,): what the step into it had; for the noise x_T the weight's own formula."""
+    first = {"alpha-bar": grid.alpha[0] ** 2, "gamma-discount": eta[0] * gamma}.get(kind, eta[0])
+    return torch.cat([first.view(1), eta[:-1]])
+
+
 def clip_norm(g: torch.Tensor, limit: float) -> torch.Tensor:
     """g (B, ...) with every sample's norm at most `limit`."""
     norm = g.flatten(1).norm(dim=1).clamp(min=1e-12)
@@ -186,6 +213,13 @@ def db_loss(drift: torch.Tensor, push: torch.Tensor, sigma: torch.Tensor, residu
     """mean ||drift / sigma - push||^2, (B,), drift = (mu_theta - mu_ref) / sigma; 'sigma': times sigma^2.  Eq. 76-78."""
     error = drift / sigma - push if residual_scale == "none" else drift - sigma * push
     return (error**2).flatten(1).mean(1)
+
+
+def backward_loss(back, back_ref, push_t, sigma: torch.Tensor, residual_scale: str) -> torch.Tensor:
+    """mean ||grad log p_ref - grad log p_theta - push_t||^2, (B,), gradients with respect to x_t, push_t = scale eta g
+    at x_t (+ the flow network); 'sigma': times sigma^2.  The other half of Residual-DB's balance (Eq. 67-75)."""
+    error = back_ref - back - push_t
+    return ((error if residual_scale == "none" else sigma * error) ** 2).flatten(1).mean(1)
 
 
 def sqdf_loss(mu: torch.Tensor, push: torch.Tensor, drift: torch.Tensor, alpha: float) -> torch.Tensor:
@@ -205,6 +239,7 @@ def influence(method: str, grid: common.Grid, eta: torch.Tensor, residual_scale:
 def main(args):
     # ---- setup ------------------------------------------------------------------------------------------------------
     run = common.setup(args, "first_order_rsm")
+    common.second_order(bool(args.backward_coef))
     policy = common.Policy(args, run)
     params = common.add_lora(policy, args)
     reward, more = rewards.load_args(args, run.device)
@@ -214,6 +249,7 @@ def main(args):
     if len(steps) < args.train_steps:
         raise common.UsageError(f"the last of the {args.train_steps} trained steps has no noise with kernel {args.kernel}; use --train-fraction {len(steps) / args.steps:g}")
     eta = temporal_weight(args.temporal, grid, args.gamma)
+    eta_t = weight_of_start(args.temporal, grid, eta, args.gamma)
     h = influence(args.method, grid, eta, args.residual_scale)[steps]
     if run.is_main:
         common.write_json(run.dir / "influence.json", {"step": steps, "h": (h / h.mean()).tolist()})
@@ -225,7 +261,8 @@ def main(args):
     means = ["loss/total", "loss/guidance", "loss/old", "loss/net", "kl/ref", "drift/mean", "guidance/clip_frac"]
     per_step = [f"{what}/{i:02d}" for what in ("drift", "guidance_norm") for i in steps]
     keys = [*means, *per_step, "guidance/norm", "guidance/limit", "grad/norm", "grad/norm_phi"]
-    recorder = common.Recorder(run, args, policy, optimiser, reward, more, rewards.RewardError, keys, {"phi": phi})
+    replay = Replay(args.replay_size)
+    recorder = common.Recorder(run, args, policy, optimiser, reward, more, rewards.RewardError, keys, {"phi": phi, "replay": replay})
 
     for epoch in recorder.epochs():
         # ---- 1 rollout ----------------------------------------------------------------------------------------------
@@ -241,7 +278,14 @@ def main(args):
         # ---- 3 guidance ---------------------------------------------------------------------------------------------
         chosen = step_choice(args, epoch, batch.indices)  # (B, S) trained steps of each image
         with recorder.scoring(epoch):
-            g = guidance(policy, gradient, grid, path, chosen, batch, args)  # (B, S, C, h, w)
+            sets = [(path, chosen, batch)]
+            if args.replay_size:
+                replay.add(grid, *sets[0], final, args, run)
+                sets.append(replay.draw(policy, grid, batch, transitions(args) - chosen.shape[1], epoch, args))
+            g = side_by_side([guidance(policy, gradient, grid, *one, args) for one in sets])  # (B, S, C, h, w)
+            if args.backward_coef:
+                g_t = side_by_side([guidance(policy, gradient, grid, *one, args, "current") for one in sets])
+        path, chosen, source = joined(sets)  # source (B, S): the trajectory of each transition
 
         # ---- 4 update -----------------------------------------------------------------------------------------------
         recorder.phase()
@@ -250,19 +294,20 @@ def main(args):
         rows_per_update = args.num_prompts * args.group_size * chosen.shape[1] / args.updates_per_epoch
         for update, part in enumerate(common.epoch_updates(args, run, list(range(chosen.shape[1])), epoch)):
             for chunk in common.micro_batches(part, args.micro_batch_size, run, f"update {update + 1}"):
-                n, k = chunk.unbind(1)
-                i = chosen[n, k]
+                place = tuple(chunk.unbind(1))
+                n, i = source[place], chosen[place]
                 x_t, o_old, o_ref = path.x[n, i], path.o_old[n, i], path.o_ref[n, i]
                 # 4a: the clipped guidance, with its weight
-                size = g[n, k].flatten(1).norm(dim=1)
-                push = args.scale * grid.at(eta, i, x_t) * clip_norm(g[n, k], limit)
+                size = g[place].flatten(1).norm(dim=1)
+                push = args.scale * grid.at(eta, i, x_t) * clip_norm(g[place], limit)
                 # 4b: the regression
+                x_t.requires_grad_(bool(args.backward_coef))
                 o = policy.predict(x_t, grid.time(i, len(n), run.device), path.cond[n], args.cfg)
                 shift = grid.at(grid.o_coef, i, o) * (o - o_ref)  # mu_theta - mu_ref
                 net_loss, values = torch.zeros(len(n), device=run.device), {}
                 if args.method == "vgg-flow":
                     if args.value_net:
-                        net_loss = value_loss(policy, phi["net"], grid, path, chosen, g, eta, n, k, limit, args)
+                        net_loss = value_loss(policy, phi["net"], grid, path, chosen, g, eta, *place, limit, args)
                         push = push + args.scale * phi["net"](x_t, grid.t[i].to(x_t)).detach()
                     loss = vgg_loss(o, o_ref, push)
                 else:
@@ -274,6 +319,11 @@ def main(args):
                         net_loss = (phi["net"](path.x[n, -1], torch.zeros_like(s)) ** 2).flatten(1).mean(1)
                     if args.method == "residual-db":
                         loss = db_loss(drift, push, sigma, args.residual_scale)
+                        if args.backward_coef:
+                            push_t = args.scale * grid.at(eta_t, i, x_t) * clip_norm(g_t[place], limit)
+                            push_t = push_t + phi["net"](x_t.detach(), grid.t[i].to(x_t)) if args.flow_net else push_t
+                            scores = common.backward_scores(policy, grid, path, n, i, x_t, o, args.cfg)
+                            loss = loss + args.backward_coef * backward_loss(*scores, push_t, sigma, args.residual_scale)
                     else:
                         mu = grid.mu(x_t, o, i)
                         loss = sqdf_loss(mu, push, drift, args.alpha)
@@ -291,7 +341,7 @@ def main(args):
                 })  # fmt: skip
             norms.append(optimiser.step())
             if args.guidance_quantile:
-                limit = norm_quantile(g[part[:, 0], part[:, 1]], chosen.numel(), args.guidance_quantile, run)
+                limit = norm_quantile(g[tuple(part.unbind(1))], chosen.numel(), args.guidance_quantile, run)
 
         # ---- 5 log, samples, checkpoint, eval -----------------------------------------------------------------------
         norm = torch.tensor(norms).mean(0).tolist()
@@ -307,6 +357,73 @@ def step_choice(args, epoch: int, indices) -> torch.Tensor:
     first, width = torch.tensor([a for a, _ in pieces]), torch.tensor([b - a for a, b in pieces])
     draws = [torch.rand(len(pieces), generator=common.generator("steps", args.seed, epoch, n)) for n in indices]
     return first + (torch.stack(draws) * width).long()
+
+
+@dataclass
+class Replay:
+    """SQDF's buffer: x_t, its step, x_0, the prompt and gamma^(steps left) r of past transitions of all processes."""
+
+    size: int
+    items: dict[str, torch.Tensor] = field(default_factory=dict)  # on the CPU, the oldest first
+
+    def add(self, grid, path, chosen, batch, final, args, run) -> None:
+        n, i = torch.arange(len(chosen)).repeat_interleave(chosen.shape[1]), chosen.flatten()
+        prompt = torch.tensor([p.id for p in batch.prompts])[n]
+        value = args.gamma ** (grid.steps - 1 - i).to(final) * final[n]
+        new = {"x_t": path.x[n, i], "step": i, "x_0": path.x[n, -1], "prompt": prompt, "value": value}
+        for name, values in new.items():
+            values = common.gather(values.to(run.device), run).cpu()
+            self.items[name] = torch.cat([self.items.get(name, values[:0]), values])[-self.size :]
+
+    def draw(self, policy, grid, batch, count: int, epoch: int, args):
+        """`count` old transitions for each sample, with an x_s of today's policy, by (seed, epoch, sample index).
+
+        -> Rollout of B count trajectories, known at x_t, x_s and x_0 only, their steps (B count, 1), their Batch.
+        """
+        old, device = self.items, batch.noise.device
+        weight = torch.ones_like(old["value"])
+        if args.replay_priority == "reward":
+            weight = old["value"] - old["value"].min() + 1e-6
+        generators = [common.generator("replay", args.seed, epoch, n) for n in batch.indices]
+        pick = torch.cat([torch.multinomial(weight, count, replacement=True, generator=g) for g in generators])
+        z = torch.cat([torch.randn((count, *policy.latent_shape), generator=g) for g in generators]).to(device)
+        prompts = [args.prompt_list[p] for p in old["prompt"][pick].tolist()]
+        cond, n, i = policy.encode([p.text for p in prompts]), torch.arange(len(pick)), old["step"][pick]
+        x = torch.zeros(len(pick), grid.steps + 1, *policy.latent_shape, device=device)
+        x[:, -1], x[n, i] = old["x_0"][pick].to(device), old["x_t"][pick].to(device)
+        path = common.Rollout(x, z, torch.zeros_like(x[:, 1:]), torch.zeros_like(x[:, 1:]), cond, prompts)
+        for rows in n.split(args.micro_batch_size):
+            x_t, time = x[rows, i[rows]], grid.time(i[rows], len(rows), device)
+            with torch.no_grad():
+                path.o_old[rows, i[rows]] = policy.predict(x_t, time, cond[rows], args.cfg)
+                with policy.reference():
+                    path.o_ref[rows, i[rows]] = policy.predict(x_t, time, cond[rows], args.cfg)
+        x[n, i + 1] = grid.mu(x[n, i], path.o_old[n, i], i) + grid.at(grid.sigma, i, z) * z
+        return path, i[:, None], common.Batch(prompts, range(len(n)), cond, z[:, None])
+
+    def state_dict(self) -> dict:
+        return self.items
+
+    def load_state_dict(self, state: dict) -> None:
+        self.items = state
+
+
+def side_by_side(parts: list[torch.Tensor]) -> torch.Tensor:
+    """(B, S, ...) of the epoch's own transitions and (B C, 1, ...) of replayed ones -> (B, S + C, ...)."""
+    return torch.cat([part.reshape(len(parts[0]), -1, *part.shape[2:]) for part in parts], 1)
+
+
+def joined(parts):
+    """The epoch's own (path, chosen, batch) and the replayed ones -> one path, steps and trajectories (B, S + C)."""
+    paths, first, source = [part[0] for part in parts], 0, []
+    for _, chosen, _ in parts:
+        source.append(first + torch.arange(len(chosen))[:, None].expand_as(chosen))
+        first += len(chosen)
+    path = paths[0]
+    if len(paths) > 1:
+        x, o_old, o_ref = (torch.cat([getattr(p, name) for p in paths]) for name in ("x", "o_old", "o_ref"))
+        path = common.Rollout(x, path.z, o_old, o_ref, path.cond + paths[1].cond, path.prompts + paths[1].prompts)
+    return path, side_by_side([part[1] for part in parts]), side_by_side(source)
 
 
 def norm_quantile(g: torch.Tensor, most: int, quantile: float, run) -> float:
@@ -362,18 +479,19 @@ class RewardGradient:
             yield
 
 
-def guidance(policy, gradient, grid, path, chosen, batch, args) -> torch.Tensor:
+def guidance(policy, gradient, grid, path, chosen, batch, args, where: str = "") -> torch.Tensor:
     """g (B, S, C, h, w) of the chosen steps.  Eq. 13 (current), 14 (lookahead); terminal: grad r at x_0, for every step."""
+    where = where or args.guidance
     count, width = chosen.shape
     g = torch.zeros(count, width, *path.x.shape[2:], device=path.x.device)
-    rows = [(n, k) for n in range(count) for k in range(1 if args.guidance == "terminal" else width)]
+    rows = [(n, k) for n in range(count) for k in range(1 if where == "terminal" else width)]
     size = min(args.micro_batch_size, args.decode_batch_size)  # the graph of network, decoder and reward lives at once
     for start in range(0, len(rows), size):
         n, k = torch.tensor(rows[start : start + size]).unbind(1)
         texts, extra = [batch.texts[j] for j in n], [batch.metadata[j] for j in n]
-        i = chosen[n, k] + (args.guidance == "lookahead")
+        i = chosen[n, k] + (where == "lookahead")
         with gradient.frozen():
-            if args.guidance == "terminal":
+            if where == "terminal":
                 x = path.x[n, -1].clone().requires_grad_()
                 total = gradient.reward_of(x, texts, extra)
             elif args.jacobian:
@@ -386,7 +504,7 @@ def guidance(policy, gradient, grid, path, chosen, batch, args) -> torch.Tensor:
                 x = frozen_estimate(gradient, grid, path, n, i).requires_grad_()
                 total = gradient.reward_of(x, texts, extra)
             g[n, k] = torch.autograd.grad(total.sum(), x)[0]
-    return g[:, :1].expand(-1, width, -1, -1, -1) if args.guidance == "terminal" else g
+    return g[:, :1].expand(-1, width, -1, -1, -1) if where == "terminal" else g
 
 
 @torch.no_grad()

@@ -207,10 +207,8 @@ class MeanNet(nn.Module):
 def main(args):
     # ---- setup ------------------------------------------------------------------------------------------------------
     run = common.setup(args, "vmpo")
-    second_order = args.objective in ("gradient-xt", "gradient-gfn")  # the fast attention kernels have no such derivative
-    torch.backends.cuda.enable_flash_sdp(not second_order)
-    torch.backends.cuda.enable_mem_efficient_sdp(not second_order)
-    torch.backends.cuda.enable_cudnn_sdp(not second_order)
+    second_order = args.objective in ("gradient-xt", "gradient-gfn")
+    common.second_order(second_order)
     policy = common.Policy(args, run)
     params = common.add_lora(policy, args)
     reward, more = rewards.load_args(args, run.device)
@@ -397,17 +395,10 @@ def match_gradients(policy, grid, path, grad_r, phi, n, i, x_t, o, z, w, beta, a
     grad_logp_ref = grad_logp + w * (path.o_ref[n, i] - o) / sigma
     if args.objective == "gradient":
         return gradient_loss(grad_r[n, i + 1], grad_logp_ref, grad_logp, beta)
-    x_s = path.x[n, i + 1]
-    logp = common.gaussian_logp(x_s, grid.mu(x_t, o, i), sigma, "sum")
-    back = torch.autograd.grad(logp.sum(), x_t, create_graph=True)[0]  # with respect to x_t
-    x_ref = x_t.detach().requires_grad_()
-    with policy.reference():
-        o_ref = policy.predict(x_ref, grid.time(i, len(n), o.device), path.cond[n], args.cfg)
-        logp_ref = common.gaussian_logp(x_s, grid.mu(x_ref, o_ref, i), sigma, "sum")
-        back_ref = torch.autograd.grad(logp_ref.sum(), x_ref)[0]  # inside: checkpointing repeats the forward pass here
+    back, back_ref = common.backward_scores(policy, grid, path, n, i, x_t, o, args.cfg)  # with respect to x_t
     if args.objective == "gradient-xt":
         return gradient_loss(-grad_r[n, i], back_ref, back, beta)
-    g_s, g_t = phi["residual"](x_s, t_next), phi["residual"](x_t.detach(), grid.t[i].to(o.device))
+    g_s, g_t = phi["residual"](path.x[n, i + 1], t_next), phi["residual"](x_t.detach(), grid.t[i].to(o.device))
     loss = gradient_loss(grad_r[n, i + 1], grad_logp_ref, grad_logp, beta, g_s)
     loss = loss + args.backward_coef * gradient_loss(-grad_r[n, i], back_ref, back, beta, -g_t)
     terminal = phi["residual"](path.x[n, -1], torch.zeros(len(n), device=o.device))

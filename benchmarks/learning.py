@@ -5,7 +5,8 @@
     python benchmarks/learning.py --only grpo awm --time                 # seconds per epoch, one run at a time
 
 Each run is a plain command (printed, and kept in the results); finished runs are not repeated and interrupted ones go
-on.  Results are added to results/learning.json; prints the tables of docs/ and draws results/learning_PRESET.png.
+on.  Results are added to results/learning.json; prints the tables of docs/ and draws results/learning_PRESET.png,
+results/tempflow_PRESET.png and results/first_order_PRESET.png.
 """
 
 import argparse
@@ -13,6 +14,7 @@ import csv
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -23,7 +25,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 RELEASE = "--weight ghuber --train-timesteps 6 --train-fraction 0.9 --skip-first --adv-norm global --adv-scale 5 --clip-range 1 --ratio exp-each --offpolicy none --updates-per-epoch 1 --beta 0.003 --lag-coef 1 --sampler SASolverScheduler"
-VARIANTS = {  # name: command; flags of one preset only; epochs by preset (None: the preset's own)
+VARIANTS = {  # name: command; flags of one preset only; epochs by preset (None: the preset's own; 0: not on this preset)
     "vmpo-r2g-group": ("vmpo.py --potential r2g --mean group", {}, None),
     "vmpo-r2g-amortised": ("vmpo.py --potential r2g --mean time_prompt", {}, None),
     "vmpo-diff": ("vmpo.py --potential diff --mean group", {}, None),
@@ -36,7 +38,35 @@ VARIANTS = {  # name: command; flags of one preset only; epochs by preset (None:
     "nft": ("awm.py --objective nft --offpolicy lagged --updates-per-epoch 1 --adv-norm global --beta 1e-4 --lag-decay-max 0.5", {}, (100, 60)),
 }
 PRESETS = ("tiny", "tiny-sd15")
-IMAGES = 64  # per epoch, in both presets
+IMAGES = 64  # per epoch of the first family, in both presets
+# Two more families, in which the unit of cost is not the image.  ours: a mean log ratio over 256 scalars spreads 16 times
+# as wide as over SD3.5's 65,536, hence the clip range; beta is the baseline's times the mean of sigma_t / dt.
+BRANCH = "tempflow_rsm.py --updates-per-epoch 2 --clip-range 1e-3"
+RSM = f"{BRANCH} --loss hinge --reweight none --fair-clip guard"
+RSM_BETA = {"tiny": 0.35, "tiny-sd15": 0.25}
+
+
+def branching(tiny, sd15, anchors=False):
+    anchor = " --anchor-beta {0}" if anchors else ""
+    return {p: f"--profile {profile} --beta {RSM_BETA[p]}" + anchor.format(RSM_BETA[p]) for p, profile in (("tiny", tiny), ("tiny-sd15", sd15))}
+
+
+VARIANTS |= {
+    "tempflow": (BRANCH, dict.fromkeys(PRESETS, "--profile 6,6,6,6,6,6,6,6,6"), (60, 60)),
+    "rsm-uniform": (RSM, branching(*["7,7,7,7,7,7,6,6,0"] * 2), (60, 60)),
+    "rsm-equalvar": (RSM, branching("4,5,5,6,7,8,9,10,0", "4,5,5,5,6,7,9,13,0"), (60, 60)),
+    "rsm-lowsnr": (RSM, branching("6,6,8,10", "7,7,8,8", anchors=True), (80, 80)),
+}
+FIRST = "first_order_rsm.py"  # its presets are the redesigns
+VARIANTS |= {
+    "vgg-flow": (f"{FIRST} --method vgg-flow --scale 150 --guidance current --temporal quad", {}, (60, 0)),
+    "vgg-flow-rsm": (f"{FIRST} --method vgg-flow", {}, (120, 0)),
+    "residual-db": (f"{FIRST} --method residual-db --guidance lookahead --temporal alpha-bar --residual-scale none", {}, (0, 60)),
+    "residual-db-rsm": (f"{FIRST} --method residual-db", {}, (0, 120)),
+    "sqdf": (f"{FIRST} --method sqdf --scale 1 --alpha 2.56 --residual-scale none --guidance lookahead --temporal gamma-discount", {}, (60, 60)),
+    "sqdf-terminal": (f"{FIRST} --method sqdf --scale 1 --alpha 2.56 --residual-scale none --guidance terminal --temporal constant", {}, (120, 120)),
+}
+FAMILIES = {"learning": list(VARIANTS)[:10], "tempflow": list(VARIANTS)[10:14], "first_order": list(VARIANTS)[14:]}
 
 
 def parse_args():
@@ -78,11 +108,20 @@ def scores_at(folder, epoch):
     return {name: torch.tensor(values, dtype=torch.float64) for name, values in found.items() if name != "prompts"}
 
 
+def evaluations(preset, variant):
+    """Network evaluations of an epoch, by --dry-run; one with a backward pass counts as three."""
+    script, flags = flags_of(preset, variant, None)
+    done = subprocess.run([sys.executable, script, *flags, "--dry-run"], cwd=ROOT, capture_output=True, text=True, check=True)
+    line = next(line for line in done.stdout.splitlines() if line.startswith("network evaluations"))
+    counts = re.findall(r"(\d+) (in the rollout|of the|in the reward gradient|with gradient)", line)
+    return sum(int(n) * (3 if "gradient" in what else 1) for n, what in counts)
+
+
 def run(args, preset, variant, seed):
     script, flags = flags_of(preset, variant, args.epochs)
     folder = args.out / f"{preset}_{variant}_s{seed}"
     command = [sys.executable, script, *flags, "--seed", str(seed)]
-    command += ["--runs", str(args.out), "--name", folder.name, "--sample-every", "0", "--eval-every", "20"]
+    command += ["--runs", str(args.out), "--name", folder.name, "--sample-every", "0", "--eval-every", "20", "--save-every", "20"]
     if (folder / "checkpoints" / "last").exists():
         command = [sys.executable, script, "--resume", str(folder)]  # an interrupted run goes on
     elif folder.exists():
@@ -94,12 +133,17 @@ def run(args, preset, variant, seed):
     epochs = epochs or json.loads((folder / "summary.json").read_text())["epochs"]
     row = {"preset": preset, "variant": variant, "seed": seed, "epochs": epochs, "before": {}, "after": {}, "gain": {}, "gain_se": {}}
     before, after = scores_at(folder, 0), scores_at(folder, epochs)
-    for name in ("shapes", "shapes-strict"):
+    for name in before:
         gain = after[name] - before[name]
         row["before"][name], row["after"][name] = before[name].mean().item(), after[name].mean().item()
         row["gain"][name], row["gain_se"][name] = gain.mean().item(), gain.std().item() / len(gain) ** 0.5
     rows = [r for r in rows_of(folder) if int(r["epoch"]) <= epochs]
     row["curve"] = [[int(r["epoch"]), float(r["eval/reward"])] for r in rows if r["eval/reward"]]
+    if variant not in FAMILIES["learning"]:
+        if not (folder / "frontier.json").exists():
+            start([sys.executable, "benchmarks/frontier.py", str(folder)])
+        row["frontier"] = json.loads((folder / "frontier.json").read_text())
+        row["evaluations"] = evaluations(preset, variant)
     return row | {"command": " ".join(["python", script, *flags, "--seed", str(seed)])}
 
 
@@ -139,7 +183,7 @@ def table(rows, seconds):
     for preset in PRESETS:
         grpo = [r for r in rows if r["preset"] == preset and r["variant"] == "grpo" and r.get("curve")]
         goal = mean_curve(grpo)[-1][1] if grpo else None
-        for variant in VARIANTS:
+        for variant in FAMILIES["learning"]:
             runs = [r for r in rows if r["preset"] == preset and r["variant"] == variant]
             if not runs:
                 continue
@@ -155,6 +199,76 @@ def table(rows, seconds):
             print(f"| {preset} | `{variant}` | {n} | {runs[0]['epochs']} | {cells[0]} | {cells[1]} | {f'{cost:.2f}' if cost else ''} | {when} |")
 
 
+def value_at(points, cost, budget):
+    """(mean reward, standard error over the seeds) of the curve, interpolated, where `cost` an epoch adds up to `budget`."""
+    where = budget / cost
+    for (e0, v0, s0), (e1, v1, s1) in zip(points, points[1:]):
+        if e0 <= where <= e1 * (1 + 1e-9):
+            share = (where - e0) / (e1 - e0)
+            return v0 + share * (v1 - v0), s0 + share * (s1 - s0)
+    return None
+
+
+def frontier_mean(runs, key):
+    """[(epoch, mean over the seeds)] of drift or diversity."""
+    epochs = sorted(set.intersection(*(set(map(int, r["frontier"])) for r in runs)))
+    return [(e, sum(r["frontier"][str(e)][key] for r in runs) / len(runs)) for e in epochs]
+
+
+def family_table(rows, seconds, family):
+    """One line per preset and variant of a family whose unit of cost is the network evaluation or the second."""
+    print("| preset | variant | seeds | epochs | evaluations per epoch | s per epoch | reward before | gain (each seed) | gain at equal evaluations | gain at equal time | strictly right, gain | drift | diversity |")
+    print("|---|---|---|---|---|---|---|---|---|---|---|---|---|")
+    for preset in PRESETS:
+        found = {v: [r for r in rows if r["preset"] == preset and r["variant"] == v] for v in FAMILIES[family]}
+        found = {v: runs for v, runs in found.items() if runs}
+        times = {v: seconds.get(f"{preset} {v}") for v in found}
+        least = min((runs[0]["epochs"] * runs[0]["evaluations"] for runs in found.values()), default=0)
+        soonest = min((runs[0]["epochs"] * times[v] for v, runs in found.items()), default=0) if all(times.values()) else None
+        for variant, runs in found.items():
+            n, points, first = len(runs), mean_curve(runs), runs[0]
+            gain, strict = (sum(r["gain"][key] for r in runs) / n for key in ("reward", "shapes-strict"))
+            errors = [sum(r["gain_se"][key] ** 2 for r in runs) ** 0.5 / n for key in ("reward", "shapes-strict")]
+            each = ", ".join(f"{r['gain']['reward']:+.3f}" for r in runs)
+            base, cells = points[0][1], []
+            for cost, budget in ((first["evaluations"], least), (times[variant], soonest)):
+                value = value_at(points, cost, budget) if budget else None
+                cells.append(f"{value[0] - base:+.3f} ± {value[1]:.3f}" if value else "")
+            drift, alike = (frontier_mean(runs, key) for key in ("drift", "diversity"))
+            cost = f"{times[variant]:.2f}" if times[variant] else ""
+            print(f"| {preset} | `{variant}` | {n} | {first['epochs']} | {first['evaluations']} | {cost} | {base:.3f} | **{gain:+.3f}** ± {errors[0]:.3f} ({each}) | {cells[0]} | {cells[1]} | "
+                  f"{strict:+.3f} ± {errors[1]:.3f} | {drift[-1][1]:.4f} | {alike[0][1]:.3f} → {alike[-1][1]:.3f} |")
+
+
+def family_figure(rows, seconds, family, preset, path):
+    """Held-out reward against network evaluations, seconds and drift: mean and standard error over the seeds."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    panels, axes = pyplot.subplots(1, 3, figsize=(17, 5), sharey=True)
+    for number, variant in enumerate(FAMILIES[family]):
+        runs = [r for r in rows if r["preset"] == preset and r["variant"] == variant]
+        if not runs:
+            continue
+        epochs, means, errors = zip(*mean_curve(runs))
+        style = dict(color=pyplot.cm.tab10(number), marker="osvD^<"[number], markersize=4, capsize=2, label=f"{variant} ({len(runs)})")
+        axes[0].errorbar([e * runs[0]["evaluations"] / 1000 for e in epochs], means, errors, **style)
+        if cost := seconds.get(f"{preset} {variant}"):
+            axes[1].errorbar([e * cost for e in epochs], means, errors, **style)
+        drift = dict(frontier_mean(runs, "drift"))
+        axes[2].errorbar([drift[e] for e in epochs], means, errors, **style)
+    for axis, label in zip(axes, ("network evaluations (thousands; with backward pass: 3)", "seconds on one idle core", "drift from the reference (benchmarks/frontier.py)")):
+        axis.set(xlabel=label)
+        axis.grid(alpha=0.3)
+    axes[0].set(ylabel="held-out training reward, 256 images", title=preset)
+    axes[0].legend(fontsize=8, title="variant (seeds)")
+    panels.tight_layout()
+    panels.savefig(path, dpi=80)
+    pyplot.close(panels)
+
+
 def figure(rows, seconds, preset, path):
     """Held-out reward against images and against seconds of an idle core, mean and standard error over the seeds."""
     import matplotlib
@@ -163,7 +277,7 @@ def figure(rows, seconds, preset, path):
     from matplotlib import pyplot
 
     panels, axes = pyplot.subplots(1, 2, figsize=(13, 5), sharey=True)
-    for number, variant in enumerate(VARIANTS):
+    for number, variant in enumerate(FAMILIES["learning"]):
         runs = [r for r in rows if r["preset"] == preset and r["variant"] == variant and r.get("curve")]
         if not runs:
             continue
@@ -186,13 +300,13 @@ def main():
     args = parse_args()
     known = json.loads(args.results.read_text()) if args.results.exists() else {"runs": []}
     seconds = known.get("seconds_per_epoch", {})
+    pairs = [(p, v) for p in args.presets for v in args.only if VARIANTS[v][2] is None or VARIANTS[v][2][PRESETS.index(p)]]
     fresh = []
     if args.time:
-        for preset in args.presets:
-            for variant in args.only:
-                seconds[f"{preset} {variant}"] = round(seconds_per_epoch(args, preset, variant), 3)
+        for preset, variant in pairs:
+            seconds[f"{preset} {variant}"] = round(seconds_per_epoch(args, preset, variant), 3)
     elif not args.report:
-        jobs = [(p, v, s) for s in args.seeds for p in args.presets for v in args.only]
+        jobs = [(p, v, s) for s in args.seeds for p, v in pairs]
         with ThreadPoolExecutor(args.jobs) as pool:
             fresh = list(pool.map(lambda job: run(args, *job), jobs))
     taken = {(r["preset"], r["variant"], r["seed"]) for r in fresh}
@@ -203,8 +317,14 @@ def main():
     args.results.write_text(json.dumps({"machine": machine, "seconds_per_epoch": seconds, "runs": rows}, indent=1) + "\n")
     table(rows, seconds)
     for preset in PRESETS:
-        if any(r["preset"] == preset and r.get("curve") for r in rows):
+        if any(r["preset"] == preset and r["variant"] in FAMILIES["learning"] and r.get("curve") for r in rows):
             figure(rows, seconds, preset, args.results.parent / f"learning_{preset}.png")
+    for family in ("tempflow", "first_order"):
+        print()
+        family_table(rows, seconds, family)
+        for preset in PRESETS:
+            if any(r["preset"] == preset and r["variant"] in FAMILIES[family] for r in rows):
+                family_figure(rows, seconds, family, preset, args.results.parent / f"{family}_{preset}.png")
 
 
 if __name__ == "__main__":

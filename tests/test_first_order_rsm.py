@@ -32,6 +32,7 @@ MODELS = {"flow": "tiny-sd35", "eps": "tiny-sd15"}
 KINDS = list(MODELS)
 TEMPORAL = ["quad", "linear", "constant", "alpha-bar", "sigma", "gamma-discount"]
 SMALL = "--num-prompts 2 --group-size 1 --steps 3 --epochs 1 --eval-images 0 --sample-every 0 --save-every 9".split()
+PRUNED = "--guidance auto --temporal auto --residual-scale none --lr 4e-4 --scale 100".split()  # no redesign
 CLIP = ["--reward-path", str(ROOT / "tiny" / "clip")]
 
 
@@ -215,7 +216,7 @@ def test_quantile_is_over_all_processes(monkeypatch):
 # ---- which steps ----------------------------------------------------------------------------------------------------
 def arguments(*flags, preset="tiny", small=SMALL):
     path = CLIP if "--reward" not in map(str, flags) else ["--reward-path"]
-    return fo.parse_args(["--preset", preset, *small, "--device", "cpu", *path, *map(str, flags)])
+    return fo.parse_args(["--preset", preset, *small, *PRUNED, "--device", "cpu", *path, *map(str, flags)])
 
 
 def test_step_choice_takes_one_step_of_each_interval_and_the_last():
@@ -599,6 +600,7 @@ class Spy:
 
     def __init__(self, monkeypatch):
         self.paths, self.g, self.chosen, self.updates, self.metrics, self.old = [], [], [], [], [], []
+        self.replayed, draw = [], fo.Replay.draw
         add_lora, rollout, guidance = common.add_lora, common.rollout, fo.guidance
         step, end, start = common.Optimiser.step, common.Recorder.end_epoch, common.Recorder.__init__
 
@@ -611,8 +613,12 @@ class Spy:
             self.paths.append(rollout(*a, **k))
             return self.paths[-1]
 
-        def spy_guidance(policy, gradient, grid, path, chosen, batch, args):
-            g = guidance(policy, gradient, grid, path, chosen, batch, args)
+        def spy_draw(*a):
+            self.replayed.append(found := draw(*a))
+            return found
+
+        def spy_guidance(policy, gradient, grid, path, chosen, batch, args, *where):
+            g = guidance(policy, gradient, grid, path, chosen, batch, args, *where)
             self.texts = batch.texts
             self.g.append(g.clone()), self.chosen.append(chosen)
             return g
@@ -633,7 +639,8 @@ class Spy:
             return end(recorder, epoch, final, parts, found)
 
         for owner, name, replacement in ((common, "add_lora", spy_lora), (common, "rollout", spy_rollout),
-                                         (fo, "guidance", spy_guidance), (common.Recorder, "__init__", spy_start),
+                                         (fo, "guidance", spy_guidance), (fo.Replay, "draw", spy_draw),
+                                         (common.Recorder, "__init__", spy_start),
                                          (common.Optimiser, "step", spy_step),
                                          (common.Recorder, "end_epoch", spy_end)):  # fmt: skip
             monkeypatch.setattr(owner, name, replacement)
@@ -748,6 +755,126 @@ def test_updates_are_those_of_the_formulas(tmp_path, monkeypatch, no_pictures, k
     assert any(b.abs().max() > 0 for b in spy.updates[-1].theta[1::2])
     influence = json.loads((tmp_path / "run" / "influence.json").read_text())
     assert np.mean(influence["h"]) == pytest.approx(1) and len(influence["step"]) == args.train_steps
+
+
+BACKWARD = [
+    ("flow", "--temporal alpha-bar --flow-net"), ("eps", "--temporal gamma-discount --gamma 0.6 --cfg 2"),
+    ("eps", "--temporal quad --residual-scale sigma --flow-net"), ("flow", "--temporal linear --replay-size 5"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind, flags", BACKWARD)
+def test_backward_term_is_the_balance_differentiated_in_x_t(tmp_path, monkeypatch, no_pictures, kind, flags):
+    """Forward and backward residual of log p_ref - log p_theta + [r(x_s) - r(x_t)] / beta, by nested autograd."""
+    spy = Spy(monkeypatch)
+    base = ["--model", MODELS[kind], "--epochs", 2, "--lr", 2e-2, "--max-grad-norm", 1e9, "--train-fraction", 0.67]
+    limits = ["--guidance-clip", 0.02, "--guidance-quantile", 0, "--backward-coef", 0.7, "--net-lr", 0.01]
+    train(tmp_path, "run", *base, *limits, "--method", "residual-db", "--scale", 40, *flags.split())
+    args, rows, seen = spy.args, steps_of(kind, spy.policy.pipe.scheduler, 3), spy.updates[1]
+    net = common.FieldNet(spy.policy.latent_shape[0])
+    if seen.phi:
+        net.load_state_dict({k.removeprefix("net."): v for k, v in seen.phi.items()})
+    sets = 2 if args.replay_size else 1
+    paths = [spy.paths[1], *(found[0] for found in spy.replayed[1:])]
+    g_s, g_t, chosen = spy.g[2 * sets : 3 * sets], spy.g[3 * sets :], spy.chosen[2 * sets : 3 * sets]
+    assert len(g_t) == sets and all((a - b).abs().max() > 0 for a, b in zip(g_s, g_t))
+
+    def field(x, t):
+        return net(x, torch.tensor([t])) if args.flow_net else 0.0 * x
+
+    def log_p(weights, x_t, x_s, row, cond):
+        o = spy.output(weights, x_t, row, cond).float() if weights else spy.reference(x_t, row, cond)
+        return torch.distributions.Normal(row.mu(x_t, o), row.sigma).log_prob(x_s).sum()
+
+    total, count = 0.0, 0
+    for path, at, there, here in zip(paths, chosen, g_s, g_t):
+        for n in range(len(at)):
+            for k, i in enumerate(at[n].tolist()):
+                row, cond = rows[i], path.cond[slice(n, n + 1)]
+                x_t, x_s = (path.x[n : n + 1, j].clone().requires_grad_() for j in (i, i + 1))
+                before = {"alpha-bar": row.alpha**2, "gamma-discount": 0.6**3, "linear": 1 - row.t}
+                before["quad"] = before["linear"] ** 2
+                weight_s = eta_of(args.temporal, row, i, 3, args.gamma)
+                weight_t = eta_of(args.temporal, rows[i - 1], i - 1, 3, args.gamma) if i else before[args.temporal]
+                s = rows[i + 1].t if i < 2 else 0.0
+                cut = [g[n, k] * min(1, 0.02 / g[n, k].norm().item()) for g in (there, here)]
+                gap = log_p(None, x_t, x_s, row, cond) - log_p(seen.theta, x_t, x_s, row, cond)
+                balance = torch.autograd.grad(gap, (x_s, x_t), create_graph=True)
+                forward = balance[0] + 40 * weight_s * cut[0] + field(x_s.detach(), s)
+                backward = balance[1] - 40 * weight_t * cut[1] - field(x_t.detach(), row.t)
+                loss = (forward**2).mean() + 0.7 * (backward**2).mean()
+                loss = loss * (row.sigma**2 if args.residual_scale == "sigma" else 1)
+                total, count = total + loss + (field(path.x[n : n + 1, 3], 0.0) ** 2).mean(), count + 1
+    assert count == 2 * 2 * sets
+    cosine_and_size(seen.grad, torch.autograd.grad(total / count, spy.params, retain_graph=True), 5e-3)
+    if args.flow_net:
+        cosine_and_size(seen.grad_phi, torch.autograd.grad(total / count, list(net.parameters())), 5e-3)
+
+
+def test_weight_of_the_start():
+    for kind in KINDS:
+        grid, rows = grids(kind)
+        for temporal in TEMPORAL:
+            eta = fo.temporal_weight(temporal, grid, 0.9)
+            before = fo.weight_of_start(temporal, grid, eta, 0.9)
+            assert torch.equal(before[1:], eta[:-1])  # the weight a state got when it was reached
+            first = {"alpha-bar": rows[0].alpha ** 2, "gamma-discount": 0.9**10}.get(temporal, eta[0].item())
+            assert before[0].item() == pytest.approx(first, rel=1e-9, abs=1e-12)
+
+
+# ---- SQDF's replay buffer -------------------------------------------------------------------------------------------
+def test_buffer_keeps_the_newest_transitions_and_draws_them_again(world):
+    args = world.vary(gamma=0.5, replay_priority="uniform")
+    args.prompt_list = common.load_prompts("prompts/shapes_train.txt")
+    buffer, final = fo.Replay(9), torch.tensor([0.3, -0.2, 0.8])
+    chosen = torch.tensor([[0, 3], [1, 2], [2, 2]])
+    prompts = [args.prompt_list[j] for j in (7, 2, 5)]
+    batch = common.Batch(prompts, range(4, 7), world.batch.cond, world.batch.noise)
+    buffer.add(world.grid, world.path, chosen, batch, final, args, world.run)
+    assert buffer.items["step"].tolist() == [0, 3, 1, 2, 2, 2]
+    assert buffer.items["prompt"].tolist() == [7, 7, 2, 2, 5, 5]
+    assert buffer.items["value"].tolist() == pytest.approx([0.3 / 8, 0.3, -0.2 / 4, -0.2 / 2, 0.8 / 2, 0.8 / 2])
+    assert torch.equal(buffer.items["x_t"][2], world.path.x[1, 1])
+    assert torch.equal(buffer.items["x_0"][4], world.path.x[2, 4])
+    buffer.add(world.grid, world.path, chosen, batch, final, args, world.run)
+    assert buffer.items["step"].tolist() == [2, 2, 2, 0, 3, 1, 2, 2, 2]  # of twelve the nine newest
+    path, at, others = buffer.draw(world.policy, world.grid, batch, 5, 3, args)
+    assert path.x.shape == (15, 5, *world.policy.latent_shape) and at.shape == (15, 1) and len(others.prompts) == 15
+    fresh = set()
+    for m in range(15):
+        i = at[m].item()
+        j = next(j for j in range(9) if torch.equal(path.x[m, i], buffer.items["x_t"][j]))
+        assert i == buffer.items["step"][j] and others.prompts[m].id == buffer.items["prompt"][j]
+        if i < 3:
+            assert torch.equal(path.x[m, 4], buffer.items["x_0"][j])
+        time, row = world.grid.time(i, 1, "cpu"), world.exact[i]
+        o = world.policy.predict(path.x[m : m + 1, i], time, world.policy.encode([others.texts[m]]), args.cfg)
+        torch.testing.assert_close(path.o_old[m : m + 1, i], o, rtol=1e-4, atol=1e-4)
+        with world.policy.reference():
+            o_ref = world.policy.predict(path.x[m : m + 1, i], time, world.policy.encode([others.texts[m]]), args.cfg)
+        torch.testing.assert_close(path.o_ref[m : m + 1, i], o_ref, rtol=1e-4, atol=1e-4)
+        assert (o - o_ref).abs().max() > 1e-3
+        z = (path.x[m, i + 1] - row.mu(path.x[m, i], o[0])) / row.sigma  # a draw of its own, standard normal
+        fresh.add(round(z.flatten()[0].item(), 4))
+        assert abs(z.std().item() - 1) < 0.25 and not torch.equal(path.x[m, i + 1], world.path.x[m % 3, i + 1])
+    assert len(fresh) == 15
+    again = buffer.draw(world.policy, world.grid, batch, 5, 3, args)[0].x
+    torch.testing.assert_close(again, path.x, rtol=0, atol=0)
+    assert not torch.equal(buffer.draw(world.policy, world.grid, batch, 5, 4, args)[0].x, path.x)
+    share = common.Batch(prompts[1:], range(5, 7), world.batch.cond, world.batch.noise[1:])  # another process's share
+    part = buffer.draw(world.policy, world.grid, share, 5, 3, args)[0].x
+    torch.testing.assert_close(part, path.x[5:], rtol=1e-4, atol=1e-4)
+
+
+def test_priority_is_the_discounted_reward_above_the_smallest(world):
+    args = world.vary(gamma=0.5, replay_priority="reward", prompt_list=world.batch.prompts)
+    prompts = [common.Prompt(j, p.text) for j, p in enumerate(world.batch.prompts)]
+    args.prompt_list, buffer = prompts, fo.Replay(100)
+    chosen, batch = torch.tensor([[3], [3], [3]]), common.Batch(prompts, range(3), world.batch.cond, world.batch.noise)
+    buffer.add(world.grid, world.path, chosen, batch, torch.tensor([-1.0, 0.0, 2.0]), args, world.run)
+    _, _, drawn = buffer.draw(world.policy, world.grid, batch, 200, 0, args)
+    counts = torch.bincount(torch.tensor([p.id for p in drawn.prompts]), minlength=3)
+    assert counts[0] == 0 and abs(counts[1].item() - 150) < 4 * (600 * 0.25 * 0.75) ** 0.5  # weights 0 : 1 : 3
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -905,12 +1032,16 @@ VARIANTS = [
     ("eps", "--method residual-db --guidance current --temporal linear --cfg 2 --guidance-quantile 0 --step-every 3"),
     ("eps", "--method vgg-flow --temporal gamma-discount --jacobian --guidance current --old-coef 1"),
     ("eps", "--method sqdf --gradient-checkpointing --denoiser policy --detach-uncond --cfg 2 --dtype bfloat16"),
+    ("eps", "--method residual-db --backward-coef 1 --flow-net --replay-size 8 --cfg 2 --gradient-checkpointing"),
+    ("flow", "--method sqdf --replay-size 1 --replay-ratio 3 --replay-priority reward --lookahead-model OTHER"),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("kind, flags", VARIANTS)
 def test_every_flag_value_runs(tmp_path, no_pictures, kind, flags):
-    run = train(tmp_path, "run", "--model", MODELS[kind], *flags.split())
+    if "OTHER" in flags:
+        other_denoiser(kind, tmp_path / "other")
+    run = train(tmp_path, "run", "--model", MODELS[kind], *flags.replace("OTHER", str(tmp_path / "other")).split())
     (row,) = metrics(run)
     assert row["grad/norm"] > 0 and row["guidance/norm"] > 0 and row["grad/bad_steps"] == 0
     assert ("grad/norm_phi" in row) == ("-net" in flags) and ("kl/ref" in row) == (
@@ -923,6 +1054,8 @@ def test_every_flag_value_runs(tmp_path, no_pictures, kind, flags):
 STATEFUL = [
     ("flow", "--value-net --train-fraction 1 --updates-per-epoch 2 --ema-decay 0.9 --ema-every 1"),
     ("eps", "--method residual-db --flow-net --step-every 2 --updates-per-epoch 2 --old-coef 10"),
+    ("eps", "--method sqdf --replay-size 7 --replay-priority reward --step-every 2 --updates-per-epoch 2"),
+    ("flow", "--method residual-db --flow-net --backward-coef 0.5 --replay-size 20 --updates-per-epoch 2"),
 ]  # fmt: skip
 
 
@@ -936,10 +1069,13 @@ def test_resumed_run_is_bitwise_the_uninterrupted_one(tmp_path, no_pictures, kin
     one, two = state(whole), state(halves)
     for a, b in zip(one["theta"]["lora"], two["theta"]["lora"], strict=True):
         assert torch.equal(a, b)
-    assert one["phi"] and all(torch.equal(one["phi"][k], two["phi"][k]) for k in one["phi"])
-    assert one["phi"]["net.last.weight"].abs().max() > 0  # it has learned something
-    assert len(one["theta"]["parts"]) == 2
-    assert one["theta"]["parts"][1]["param_groups"][0]["lr"] == 1e-3
+    for name in ("phi", "replay"):
+        assert all(torch.equal(one[name][k], two[name][k]) for k in one[name])
+    if any("-net" in flag for flag in flags):
+        assert one["phi"]["net.last.weight"].abs().max() > 0  # it has learned something
+        assert len(one["theta"]["parts"]) == 2
+        assert one["theta"]["parts"][1]["param_groups"][0]["lr"] == 1e-3
+    assert bool(one["replay"]) == ("--replay-size" in flags)
 
 
 def close(a, b):
@@ -958,7 +1094,8 @@ def test_micro_batch_size_changes_nothing_else(tmp_path, no_pictures, kind, flag
 def test_two_processes_are_one(tmp_path, no_pictures):
     """A quantile, a shuffle over all transitions and a network of its own: none may depend on the process."""
     flags = "--preset tiny-sd15 --epochs 2 --updates-per-epoch 3 --num-prompts 4 --flow-net --step-every 2".split()
-    flags = [*SMALL, *CLIP, *flags, "--guidance-quantile", "0.8", "--guidance-clip", "0.05", "--eval-rewards", ""]
+    flags += "--replay-size 17 --backward-coef 0.3 --replay-priority reward".split()
+    flags = [*SMALL, *PRUNED, *CLIP, *flags, "--guidance-quantile", "0.8", "--guidance-clip", "0.05", "--eval-rewards", ""]
     flags += ["--train-fraction", "1", "--runs", str(tmp_path), "--device", "cpu"]
     fo.main(fo.parse_args([*flags, "--name", "one"]))
     with socket.socket() as free:
@@ -983,6 +1120,10 @@ def test_two_processes_are_one(tmp_path, no_pictures):
 COSTS = [
     ("flow", ""), ("flow", "--guidance terminal"), ("flow", "--jacobian"), ("flow", "--denoiser reference"),
     ("flow", "--value-net --train-fraction 1"), ("eps", "--method residual-db --step-every 2 --inner-epochs 2"),
+    ("eps", "--method residual-db --backward-coef 1"),
+    ("flow", "--method residual-db --backward-coef 1 --replay-size 5"),
+    ("flow", "--method sqdf --guidance terminal --replay-size 9 --replay-ratio 2"),
+    ("eps", "--method sqdf --replay-size 3 --step-every 2"),
     ("eps", "--method sqdf"), ("eps", "--method sqdf --no-jacobian"), ("eps", "--method sqdf --lookahead-model OTHER"),
 ]  # fmt: skip
 
@@ -1026,7 +1167,14 @@ WRONG = [
     ("--step-every 4", "--step-every"), ("--residual-scale sigma", "--residual-scale"), ("--flow-net", "--flow-net"),
     ("--method sqdf --flow-net", "--flow-net"), ("--method residual-db --value-net", "--value-net"),
     ("--value-net --guidance terminal", "--value-net"), ("--value-net --model tiny-sd15", "--value-net"),
-    ("--value-net --step-every 2", "--value-net"),
+    ("--value-net --step-every 2", "--value-net"), ("--backward-coef 1", "--backward-coef"),
+    ("--method residual-db --backward-coef -1", "--backward-coef"),
+    ("--method residual-db --backward-coef 1 --guidance terminal", "--backward-coef"),
+    ("--method residual-db --backward-coef 1 --no-jacobian", "--backward-coef"),
+    ("--method residual-db --backward-coef 1 --detach-uncond", "--backward-coef"),
+    ("--replay-size 8", "--replay-size"), ("--method sqdf --replay-size -8", "--replay-size"),
+    ("--method sqdf --replay-size 8 --replay-ratio 0", "--replay-ratio"),
+    ("--method sqdf --replay-size 8 --updates-per-epoch 5", "--updates-per-epoch"),
     ("--method residual-db --lookahead-model tiny/sd35", "--lookahead-model"),
     ("--method sqdf --guidance terminal --lookahead-model tiny/sd35", "--lookahead-model"),
     ("--updates-per-epoch 5", "--updates-per-epoch"), ("--method sdf", "--method"), ("--guidance late", "--guidance"),
@@ -1071,7 +1219,7 @@ def test_presets(monkeypatch):
             temporal="constant", guidance="terminal", residual_scale="sigma", lr=4e-3),
         "sqdf-sd15-aesthetic": dict(
             scale=1.0, temporal="gamma-discount", gamma=0.9, alpha=2.0, denoiser="reference", guidance="lookahead",
-            lr=1e-3, lora_rank=4),
+            lr=1e-3, lora_rank=4, replay_size=1024, replay_ratio=1),
     }  # fmt: skip
     rows = {"rsm-sd15-hpsv2": ("2816, 1408", "256 "), "residual-db-sd15-hpsv2": ("2816, 1408", "2816 "),
             "rsm-sd35-hpsv2": ("640, 640", "32 "), "vgg-flow-sd35-hpsv2": ("640, 640", "640 ")}  # fmt: skip
