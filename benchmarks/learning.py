@@ -41,7 +41,7 @@ PRESETS = ("tiny", "tiny-sd15")
 IMAGES = 64  # per epoch of the first family, in both presets
 # Two more families, in which the unit of cost is not the image.  ours: a mean log ratio over 256 scalars spreads 16 times
 # as wide as over SD3.5's 65,536, hence the clip range; beta is the baseline's times the mean of sigma_t / dt.
-BRANCH = "tempflow_rsm.py --updates-per-epoch 2 --clip-range 1e-3"
+BRANCH = "tempflow_rsm.py --lr 1e-3 --updates-per-epoch 2 --clip-range 1e-3"
 RSM = f"{BRANCH} --loss hinge --reweight none --fair-clip guard"
 RSM_BETA = {"tiny": 0.35, "tiny-sd15": 0.25}
 
@@ -52,10 +52,10 @@ def branching(tiny, sd15, anchors=False):
 
 
 VARIANTS |= {
-    "tempflow": (BRANCH, dict.fromkeys(PRESETS, "--profile 6,6,6,6,6,6,6,6,6"), (60, 60)),
-    "rsm-uniform": (RSM, branching(*["7,7,7,7,7,7,6,6,0"] * 2), (60, 60)),
-    "rsm-equalvar": (RSM, branching("4,5,5,6,7,8,9,10,0", "4,5,5,5,6,7,9,13,0"), (60, 60)),
-    "rsm-lowsnr": (RSM, branching("6,6,8,10", "7,7,8,8", anchors=True), (80, 80)),
+    "tempflow": (BRANCH, dict.fromkeys(PRESETS, "--profile 6,6,6,6,6,6,6,6,6"), (40, 60)),
+    "rsm-uniform": (RSM, branching(*["7,7,7,7,7,7,6,6,0"] * 2), (40, 60)),
+    "rsm-equalvar": (RSM, branching("4,5,5,6,7,8,9,10,0", "4,5,5,5,6,7,9,13,0"), (40, 60)),
+    "rsm-lowsnr": (RSM, branching("6,6,8,10", "7,7,8,8", anchors=True), (60, 80)),
 }
 FIRST = "first_order_rsm.py"  # its presets are the redesigns
 VARIANTS |= {
