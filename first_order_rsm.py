@@ -142,6 +142,8 @@ def check(args):
         raise common.UsageError("--backward-coef differentiates with respect to x_t, through both branches of the guidance; leave --detach-uncond out")
     if args.replay_size and args.method == "vgg-flow":
         raise common.UsageError(f"--replay-size {args.replay_size} belongs to residual-db and sqdf, whose steps are stochastic; leave it out")
+    if args.replay_size and (args.guidance, args.jacobian, args.denoiser) == ("lookahead", False, "policy") and not args.lookahead_model:
+        raise common.UsageError("--replay-size with --no-jacobian has no output of the rollout at the new x_s; use --jacobian, --denoiser reference or another --guidance")
     if args.replay_ratio < 1:
         raise common.UsageError(f"--replay-ratio {args.replay_ratio} is too small; use 1 or more, or --replay-size 0 for none")
     common.check_updates(args, args.num_prompts * args.group_size * transitions(args))
@@ -373,7 +375,7 @@ class Replay:
         new = {"x_t": path.x[n, i], "step": i, "x_0": path.x[n, -1], "prompt": prompt, "value": value}
         for name, values in new.items():
             values = common.gather(values.to(run.device), run).cpu()
-            self.items[name] = torch.cat([self.items.get(name, values[:0]), values])[-self.size :]
+            self.items[name] = torch.cat([self.items.get(name, values[:0]), values])[-self.size :].clone()  # else a checkpoint has all
 
     def draw(self, policy, grid, batch, count: int, epoch: int, args):
         """`count` old transitions for each sample, with an x_s of today's policy, by (seed, epoch, sample index).
@@ -391,7 +393,7 @@ class Replay:
         cond, n, i = policy.encode([p.text for p in prompts]), torch.arange(len(pick)), old["step"][pick]
         x = torch.zeros(len(pick), grid.steps + 1, *policy.latent_shape, device=device)
         x[:, -1], x[n, i] = old["x_0"][pick].to(device), old["x_t"][pick].to(device)
-        path = common.Rollout(x, z, torch.zeros_like(x[:, 1:]), torch.zeros_like(x[:, 1:]), cond, prompts)
+        path = common.Rollout(x, z, *(torch.full_like(x[:, 1:], torch.nan) for _ in range(2)), cond, prompts)  # NaN: unknown
         for rows in n.split(args.micro_batch_size):
             x_t, time = x[rows, i[rows]], grid.time(i[rows], len(rows), device)
             with torch.no_grad():

@@ -1095,8 +1095,8 @@ def test_two_processes_are_one(tmp_path, no_pictures):
     """A quantile, a shuffle over all transitions and a network of its own: none may depend on the process."""
     flags = "--preset tiny-sd15 --epochs 2 --updates-per-epoch 3 --num-prompts 4 --flow-net --step-every 2".split()
     flags += "--replay-size 17 --backward-coef 0.3 --replay-priority reward".split()
-    flags = [*SMALL, *PRUNED, *CLIP, *flags, "--guidance-quantile", "0.8", "--guidance-clip", "0.05", "--eval-rewards", ""]
-    flags += ["--train-fraction", "1", "--runs", str(tmp_path), "--device", "cpu"]
+    flags = [*SMALL, *PRUNED, *CLIP, *flags, "--guidance-quantile", "0.8", "--guidance-clip", "0.05"]
+    flags += ["--eval-rewards", "", "--train-fraction", "1", "--runs", str(tmp_path), "--device", "cpu"]
     fo.main(fo.parse_args([*flags, "--name", "one"]))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -1174,6 +1174,7 @@ WRONG = [
     ("--method residual-db --backward-coef 1 --detach-uncond", "--backward-coef"),
     ("--replay-size 8", "--replay-size"), ("--method sqdf --replay-size -8", "--replay-size"),
     ("--method sqdf --replay-size 8 --replay-ratio 0", "--replay-ratio"),
+    ("--method sqdf --replay-size 8 --no-jacobian --denoiser policy", "--replay-size"),
     ("--method sqdf --replay-size 8 --updates-per-epoch 5", "--updates-per-epoch"),
     ("--method residual-db --lookahead-model tiny/sd35", "--lookahead-model"),
     ("--method sqdf --guidance terminal --lookahead-model tiny/sd35", "--lookahead-model"),
