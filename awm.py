@@ -16,11 +16,14 @@ Algorithm, one epoch (the loop below repeats the numbers):
      4c         + beta w_KL(t) mean ||v_theta - v_ref||^2   (+ the same to a lagged copy of theta)     Eq. 12
      4d         AdamW; the first half of the data is on-policy, the second one update old             Section 5.2
   5 log, checkpoint, evaluation with the same noise every time
-Differs from the paper: nowhere; what it does not state is a flag (docs/awm.md).  From the official code: the paper's
-       recipe is the default, the code's is --preset release-*; t and e belong to the image, not to the micro-batch.
+Differs from the paper: nowhere known; what it does not state is a flag (docs/awm.md), and so is the law of t, uniform
+       over the sampler's grid without its last step.  From the official code: the paper's recipe is the default, the
+       code's is --preset release-*, on a slightly different sampler grid and without the code's extra draws of index 1;
+       t and e belong to the image, not to the micro-batch.
 SD1.5: the network predicts e: x_t = alpha x_0 + nu e and the error is mean ||e_theta - e||^2.  Seen as a rectified flow
        at t = nu / (alpha + nu), v_theta - v = (e_theta - e) / (1 - t): weight w(t) on the velocity error is weight
        w(t) / (1 - t)^2 on the noise error, and 'uniform' here (on the noise error) is (1 - t)^2 on the velocity's.
+       'elbo' is the bound's own weight of the noise error, -1/2 d logSNR / du at training index 1000 u.
 Run:   python awm.py --preset tiny                        # embedded model, CPU, minutes, no downloads
        torchrun --nproc-per-node 8 awm.py --preset release-ocr
 Port:  copy the functions under "method": tensors in, tensors out.
@@ -39,11 +42,14 @@ import common
 import rewards
 
 TINY = common.TINY | dict(adv_norm="group", beta=0.4, updates_per_epoch=2, sampler="ode")
-RELEASE = dict(steps=14, cfg=1.0, sampler="SASolverScheduler", weight="ghuber", train_timesteps=6, train_fraction=0.9,
+# ours: the sampler's grid.  The released one starts at t = 0.999 and its t[-2] is t[-3] / 2; here it is diffusers' with
+# the model's shift, ending with one step to 1e-3
+RELEASE = dict(steps=14, cfg=1.0, sampler="SASolverScheduler", sampler_noise=0.4, weight="ghuber", train_timesteps=6, train_fraction=0.9,
                skip_first=True, adv_norm="global", adv_scale=5.0, clip_range=1.0, ratio="exp-each", offpolicy="none",
                updates_per_epoch=1, num_prompts=72, lag_coef=1.0, ema_decay=0.99, ema_every=1)  # fmt: skip
-GENEVAL = dict(reward="geneval-reward", prompts="prompts/geneval_train.jsonl", eval_prompts="prompts/geneval_official.jsonl", eval_rewards="geneval")
-PICK = dict(reward="pickscore", prompts="prompts/pickscore_train.txt", eval_prompts="prompts/pickscore_test.txt")
+# the rewards as Flow-GRPO's and the official code compute them (docs/rewards.md)
+GENEVAL = dict(reward="geneval-reward-flowgrpo", prompts="prompts/geneval_train.jsonl", eval_prompts="prompts/geneval_official.jsonl", eval_rewards="geneval")
+PICK = dict(reward="pickscore26", prompts="prompts/pickscore_train.txt", eval_prompts="prompts/pickscore_test.txt")
 NFT = dict(objective="nft", cfg=1.0, sampler="DPMSolverMultistepScheduler", adv_norm="global", beta=1e-4, offpolicy="lagged",
            updates_per_epoch=1, train_timesteps=9, lag_decay_max=0.5, ema_decay=0.9, ema_every=1)  # fmt: skip
 PRESETS = {
@@ -54,7 +60,7 @@ PRESETS = {
     # the configurations of the official code, a later recipe than the paper's
     "release-ocr": RELEASE | dict(beta=0.003),
     "release-geneval": RELEASE | GENEVAL | dict(beta=0.001),
-    "release-pickscore": RELEASE | PICK | dict(beta=1e-4, skip_first=False, num_prompts=24),
+    "release-pickscore": RELEASE | PICK | dict(beta=1e-4, skip_first=False, num_prompts=24, sampler_noise=0.0),
     # DiffusionNFT's released configurations
     "nft-ocr": NFT | dict(nft_beta=0.1, lag_decay_max=0.999, lag_decay_slope=0.0075, lag_decay_start=75),
     "nft-geneval": NFT | GENEVAL,
@@ -72,7 +78,7 @@ def parse_args(argv=None):
     g.add_argument("--adv-norm", default="group", choices=["group", "global", "none", "rloo", "raw"], help="A: (r - group mean) / group std (paper: group-relative), / std of all rewards of the epoch (official code), / 1, r - mean of the others, or r itself")
     g.add_argument("--adv-clip", type=float, default=5.0, help="A is clipped to +- this; nft: its A_max (official codes: 5)")
     g.add_argument("--adv-scale", type=float, default=1.0, help="A is divided by this after clipping (paper: 1; official code: 5, so that |A| <= 1)")
-    g.add_argument("--weight", default="uniform", choices=["uniform", "elbo", "t", "t2", "huber", "ghuber"], help="w(t) of the matching error e: 1 (paper), (1-t)/t (evidence bound), t, t^2, or t times a Huber or generalised Huber function of e (official code: ghuber)")
+    g.add_argument("--weight", default="uniform", choices=["uniform", "elbo", "t", "t2", "huber", "ghuber"], help="w(t) of the matching error e: 1 (paper), that of the evidence bound ((1-t)/t; SD1.5: -1/2 d logSNR / du, u = index / 1000), t, t^2, or t times a Huber or generalised Huber function of e (official code: ghuber)")
     g.add_argument("--huber-power", type=float, default=0.25, help="p of ghuber (official code: 0.25)")
     g.add_argument("--train-timesteps", type=int, default=4, help="n_t: noisings of each image in an update (paper: 4, Section 5; official code: 6)")
     g.add_argument("--timesteps", default="discrete", choices=["discrete", "uniform", "logit-normal"], help="law of t: the sampler's own grid (paper, Section 5.2), U(0, 1), or sigmoid of N(0, 1), shifted as the model's grid is")
@@ -93,6 +99,7 @@ def parse_args(argv=None):
     g.add_argument("--nft-space", default="x0", choices=["x0", "native"], help="nft: squares of x_0 predictions, each divided by its sg[mean |x0_hat - x0|] (its code), or of the network's output")
     g.add_argument("--sampler", default="sde", help="of the rollout: sde = --kernel (paper: Euler-Maruyama), ode, or a scheduler class of diffusers such as SASolverScheduler (official code), DPMSolverMultistepScheduler, UniPCMultistepScheduler")
     g.add_argument("--sampler-config", default="{}", metavar="JSON", help="settings of that scheduler, e.g. '{\"algorithm_type\": \"sde-dpmsolver++\"}'")
+    g.add_argument("--sampler-noise", type=float, help="tau of SASolverScheduler for t in [300, 900] of 1000, 0 elsewhere (official code: 0.4 OCR and GenEval; 0, an ODE, PickScore); default: diffusers' own, 1 for t in [200, 800]")
     g.add_argument("--train-cfg", type=float, default=1.0, help="guidance in the training pass (paper: none = 1, Section 4)")
     common.add_args(parser)
     parser.set_defaults(model="sd3.5-medium", reward="ocr", prompts="prompts/ocr_train.txt", eval_prompts="prompts/ocr_test.txt",
@@ -125,18 +132,24 @@ def check(args):
         raise common.UsageError("--shared-noise with --sampler ode makes the images of a prompt all the same; use --sampler sde, or leave it out")
     if args.sampler in ("sde", "ode") and args.sampler_config != "{}":
         raise common.UsageError(f"--sampler-config is for a scheduler of diffusers, --sampler is {args.sampler}; leave it out")
+    if args.sampler_noise is not None and args.sampler != "SASolverScheduler":
+        if any(flag.startswith("--sampler-n") for flag in args.argv):
+            raise common.UsageError(f"--sampler-noise {args.sampler_noise} is the tau of SASolverScheduler, --sampler is {args.sampler}; leave it out")
+        args.sampler_noise = None  # the preset's, whose sampler was replaced
+    if args.sampler_noise is not None:
+        common.check_not_negative(args, "sampler_noise")
     try:
         args.sampler_options = json.loads(args.sampler_config)
         assert isinstance(args.sampler_options, dict)
     except (ValueError, AssertionError):
         raise common.UsageError(f"--sampler-config {args.sampler_config} is not a JSON object") from None
     if args.sampler not in ("sde", "ode"):
-        sampler_class(args)
+        check_sampler(args)
     common.check_updates(args, args.num_prompts * args.group_size, "images")
 
 
-def sampler_class(args):
-    """The diffusers scheduler of --sampler; UsageError where there is none or it cannot run this model."""
+def check_sampler(args):
+    """UsageError where --sampler is no diffusers scheduler for this model, or fails in a trial of all its steps."""
     import diffusers
     from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers
 
@@ -147,15 +160,47 @@ def sampler_class(args):
     accepts = inspect.signature(cls.__init__).parameters
     if args.kind == "flow" and "use_flow_sigmas" not in accepts:
         raise common.UsageError(f"--sampler {args.sampler} cannot run a flow model; use e.g. SASolverScheduler, DPMSolverMultistepScheduler or UniPCMultistepScheduler")
-    if unknown := set(args.sampler_options) - set(accepts):
+    given = set(args.sampler_options)
+    if unknown := given - set(accepts):
         raise common.UsageError(f"--sampler-config: {args.sampler} has no setting {', '.join(sorted(unknown))}")
-    if fixed := {"prediction_type", "use_flow_sigmas", "flow_shift"} & set(args.sampler_options):
-        raise common.UsageError(f"--sampler-config: {', '.join(sorted(fixed))} is the model's own; leave it out")
+    if "tau_func" in given:
+        raise common.UsageError("--sampler-config: tau_func is a function, which JSON cannot hold; use --sampler-noise")
+    fixed = {"prediction_type", "use_flow_sigmas", "flow_shift", "num_train_timesteps", "trained_betas", "beta_start", "beta_end", "beta_schedule"}
+    if args.kind == "flow":  # other spacings of the noise levels replace the flow's
+        fixed |= {"use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas"}
+    if fixed & given:
+        raise common.UsageError(f"--sampler-config: {', '.join(sorted(fixed & given))} is the model's own; leave it out")
+    if args.kind == "flow":
+        config = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0).config
+    else:
+        config = diffusers.DDIMScheduler(1000, 0.00085, 0.012, "scaled_linear", clip_sample=False, set_alpha_to_one=False, steps_offset=1).config
+    what = f"--sampler {args.sampler} with {args.steps} steps and --sampler-config {args.sampler_config}"
     try:
-        cls(**args.sampler_options)
-    except (ImportError, ValueError, TypeError, NotImplementedError) as problem:
-        raise common.UsageError(f"--sampler {args.sampler} with --sampler-config {args.sampler_config}: {' '.join(str(problem).split())}") from None
-    return cls
+        generators = [common.generator("trial", n) for n in range(2)]
+        one, two = scheduler_loop(make_scheduler(args, config), torch.zeros(2, 4, 2, 2), lambda x, t: x, generators)
+    except Exception as problem:  # whatever diffusers raises would end the first rollout
+        raise common.UsageError(f"{what} fails: {' '.join([type(problem).__name__, *str(problem).split()])}") from None
+    if not (one + two).isfinite().all():
+        raise common.UsageError(f"{what} gives images that are not finite; change the settings")
+    if args.shared_noise and torch.equal(one, two):
+        raise common.UsageError(f"--shared-noise with --sampler {args.sampler}, which draws no noise of its own, makes the images of a prompt all the same; use --sampler sde, or leave it out")
+
+
+def make_scheduler(args, config):
+    """A diffusers scheduler of --sampler, its steps set, with the noise levels of the model's scheduler `config`."""
+    import diffusers
+
+    options = dict(args.sampler_options)
+    if args.sampler_noise is not None:
+        options["tau_func"] = lambda t: args.sampler_noise if 300 <= t <= 900 else 0.0
+    if args.kind == "flow":
+        options |= dict(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=config.shift)
+        config = {}
+    scheduler = getattr(diffusers, args.sampler).from_config(config, **options)
+    scheduler.set_timesteps(args.steps)
+    if args.kind == "flow" and scheduler.sigmas[-1] > 0:
+        scheduler.sigmas[-1] = 1e-3  # ours: SASolver and DEIS end at the last step's start, on a noisy latent
+    return scheduler
 
 
 def sizes(args) -> dict[str, str]:
@@ -171,7 +216,13 @@ def sizes(args) -> dict[str, str]:
         "network evaluations per epoch": f"{samples * args.steps * passes} in the rollout, {rows} with gradient, {rows * (args.beta > 0)} of the reference, {half + rows * lagged(args)} of the old policy or the lagged copy",
         "decodes and reward evaluations per epoch": f"{samples} images",
         "updates": f"{args.updates_per_epoch * args.inner_epochs} per epoch, {args.updates_per_epoch * args.inner_epochs * args.epochs} in all",
+        "memory for the rollout": common.rollout_memory(args, samples * (draws(args) + 2), "x_0 and noise"),
     }
+
+
+def draws(args) -> int:
+    """Noise draws of an image after its start: a scheduler of diffusers makes its own, one step at a time."""
+    return args.steps if args.sampler == "sde" else 0
 
 
 def lagged(args) -> bool:
@@ -184,13 +235,24 @@ def matching_error(o: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     return ((o - target) ** 2).flatten(1).double().mean(1)
 
 
-def weighted_error(error: torch.Tensor, t: torch.Tensor, kind: str, power: float = 0.25) -> torch.Tensor:
-    """w(t) e, or t times a concave function of e (ref-code: huber, ghuber); same shape.  -this is Eq. 10's bound."""
+def elbo_weights(abar: torch.Tensor) -> torch.Tensor:
+    """-1/2 d logSNR / du, (N,), logSNR = log(abar / (1 - abar)) at u = i / N: the evidence bound's weight of the noise
+    error at training index i.  A rectified flow has 1 / (t (1 - t)), which is (1 - t) / t on the velocity error."""
+    return -0.5 * torch.gradient((abar / (1 - abar)).log(), spacing=1 / len(abar))[0]
+
+
+def weighted_error(error: torch.Tensor, t: torch.Tensor, kind: str, power: float = 0.25, elbo=None) -> torch.Tensor:
+    """w(t) e, or t times a concave function of e (ref-code: huber, ghuber); same shape.  -this is Eq. 10's bound.
+
+    elbo: w(t) of kind "elbo" if e is a noise error, elbo_weights() at its indices; default the velocity error's.
+    """
     if kind == "huber":
         return t * ((error + 1e-10).sqrt() - 1e-5)
     if kind == "ghuber":
         return t / power * ((error + 1e-10) ** power - 1e-10**power)
-    return {"uniform": torch.ones_like(t), "elbo": (1 - t) / t, "t": t, "t2": t**2}[kind] * error
+    if kind == "elbo":
+        return ((1 - t) / t if elbo is None else elbo) * error
+    return {"uniform": torch.ones_like(t), "t": t, "t2": t**2}[kind] * error
 
 
 def awm_loss(adv, weighted, weighted_old, ratio: str, clip_range: float = 0.0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -244,13 +306,14 @@ class Noising:
     """The times t and noises e of an image: functions of (seed, epoch, sample index) alone, so the same for all policies."""
 
     def __init__(self, args, policy):
-        self.args, self.kind, self.device = args, policy.kind, policy.device
+        self.args, self.kind, self.policy = args, policy.kind, policy
         scheduler, steps = policy.pipe.scheduler, args.timestep_grid or args.steps
         grid = common.make_grid(scheduler, policy.kind, steps, "ode", 0.0)
         used = slice(1 if args.skip_first else 0, int(steps * args.train_fraction + 1e-9))
         self.grid = grid.timestep[used]
         self.shift = scheduler.config.shift if policy.kind == "flow" else 1.0
         self.abar = scheduler.alphas_cumprod.double().cpu() if policy.kind == "eps" else None
+        self.elbo = elbo_weights(self.abar) if policy.kind == "eps" else None
 
     def timesteps(self, generator) -> torch.Tensor:
         """(n_t,) on the network's scale: 1000 t for a flow, a training index 0 ... 999 for SD1.5."""
@@ -281,6 +344,25 @@ class Noising:
         x_t = alpha[..., None, None, None] * x0 + nu[..., None, None, None] * e
         return x_t, e - x0 if self.kind == "flow" else e, timestep, t, alpha, nu
 
+    def of(self, rows, x0: torch.Tensor, batch, epoch: int):
+        """The noisings of the images `rows`: a call of the network on all of them, their target and x_t (B n_t, C, h, w),
+        and t, alpha, nu and elbo_weights() (B, n_t), the latter None for a flow."""
+        x_t, target, timestep, *levels = self(x0[rows], epoch, [batch.indices[j] for j in rows])
+        cond = batch.cond[rows.repeat_interleave(self.args.train_timesteps)]
+        output = functools.partial(self.policy.predict, x_t.flatten(0, 1), timestep.flatten(), cond, self.args.train_cfg)
+        elbo = None if self.elbo is None else self.elbo[timestep.long().cpu()].to(x0)
+        return output, target.flatten(0, 1), x_t.flatten(0, 1), *levels, elbo
+
+
+def scheduler_loop(scheduler, x: torch.Tensor, predict, generators) -> torch.Tensor:
+    """x_0 (B, C, h, w) from standard normal x by all steps of a diffusers scheduler; one generator a row."""
+    given = {"generator": generators} if "generator" in inspect.signature(scheduler.step).parameters else {}
+    x = x * scheduler.init_noise_sigma
+    for t in scheduler.timesteps:
+        o = predict(scheduler.scale_model_input(x, t), t.to(x.device, torch.float32).expand(len(x)))
+        x = scheduler.step(o, t, x, **given, return_dict=False)[0]
+    return x
+
 
 @torch.no_grad()
 def sample(policy, args, batch, epoch: int, desc: str) -> torch.Tensor:
@@ -288,10 +370,6 @@ def sample(policy, args, batch, epoch: int, desc: str) -> torch.Tensor:
     if args.sampler in ("sde", "ode"):
         kernel, level = (args.kernel, args.noise_level) if args.sampler == "sde" else ("ode", 0.0)
         grid = common.make_grid(policy.pipe.scheduler, policy.kind, args.steps, kernel, level)
-    else:
-        cls, config = sampler_class(args), policy.pipe.scheduler.config
-        flow = dict(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=config.shift) if policy.kind == "flow" else {}
-        base = {} if policy.kind == "flow" else config
     x0 = torch.empty_like(batch.noise[:, 0])
     starts = range(0, len(x0), args.micro_batch_size)
     for start in tqdm(starts, desc=desc, leave=False, disable=not desc or None):
@@ -300,19 +378,13 @@ def sample(policy, args, batch, epoch: int, desc: str) -> torch.Tensor:
         if args.sampler in ("sde", "ode"):
             for i in range(grid.steps):
                 o = policy.predict(x, grid.time(i, len(x), x.device), cond, args.cfg)
-                x = grid.mu(x, o, i) + grid.at(grid.sigma, i, x) * batch.noise[rows, i + 1]
+                x = grid.mu(x, o, i)
+                if args.sampler == "sde":
+                    x = x + grid.at(grid.sigma, i, x) * batch.noise[rows, i + 1]
         else:
-            scheduler = cls.from_config(base, **flow, **args.sampler_options)  # fresh: multistep solvers have a memory
-            scheduler.set_timesteps(args.steps)
-            if policy.kind == "flow" and scheduler.sigmas[-1] > 0:
-                scheduler.sigmas[-1] = 1e-3  # ours: SASolver and DEIS end at the last step's start, on a noisy latent
+            scheduler = make_scheduler(args, policy.pipe.scheduler.config)  # fresh: multistep solvers have a memory
             generators = [common.generator("sampler", args.seed, epoch, j) for j in batch.indices[rows]]
-            given = {"generator": generators} if "generator" in inspect.signature(scheduler.step).parameters else {}
-            x = x * scheduler.init_noise_sigma
-            for t in scheduler.timesteps:
-                time = t.to(x.device, torch.float32).expand(len(x))
-                o = policy.predict(scheduler.scale_model_input(x, t), time, cond, args.cfg)
-                x = scheduler.step(o, t, x, **given, return_dict=False)[0]
+            x = scheduler_loop(scheduler, x, functools.partial(policy.predict, cond=cond, cfg=args.cfg), generators)
         x0[rows] = x
     return x0
 
@@ -333,7 +405,7 @@ def main(args):
     for epoch in recorder.epochs():
         # ---- 1 rollout ----------------------------------------------------------------------------------------------
         recorder.phase()
-        batch = common.epoch_batch(policy, args, run, epoch)
+        batch = common.epoch_batch(policy, args, run, epoch, draws(args))
         with lag.applied() if args.offpolicy == "lagged" else nullcontext():
             x0 = sample(policy, args, batch, epoch, "rollout" if run.is_main else "")
 
@@ -353,24 +425,17 @@ def main(args):
         images = max(1, args.micro_batch_size // args.train_timesteps)  # a micro-batch holds all n_t noisings of its images
         images_per_update = args.num_prompts * args.group_size / args.updates_per_epoch
 
-        def noised(rows):
-            """4a: the noisings of these images, their target as one batch, and a call of the network on all of them."""
-            x_t, target, timestep, *levels = noising(x0[rows], epoch, [batch.indices[j] for j in rows])  # noqa: B023
-            cond = batch.cond[rows.repeat_interleave(args.train_timesteps)]  # noqa: B023
-            output = functools.partial(policy.predict, x_t.flatten(0, 1), timestep.flatten(), cond, args.train_cfg)
-            return output, target.flatten(0, 1), x_t.flatten(0, 1), *levels
-
         updates = [part[:, 0] for part in common.epoch_updates(args, run, [0], epoch)]
         old = torch.full((len(x0), args.train_timesteps), torch.nan, dtype=torch.float64, device=run.device)
         if args.offpolicy == "half" and len(updates) > 1:  # l_old of all but the first update's images, with theta_old
             for rows in common.micro_batches(torch.cat(updates[1:]).unique(), images, run, "old policy"):
-                output, target, _, t, _, _ = noised(rows)
+                output, target, _, t, *_ = noising.of(rows, x0, batch, epoch)
                 with torch.no_grad():
                     old[rows] = matching_error(output(), target).view_as(t)
         for update, part in enumerate(updates):
             for rows in common.micro_batches(part, images, run, f"update {update + 1}"):
                 # 4a: noisy data, and what the frozen policies say about it
-                output, target, x_t, t, alpha, nu = noised(rows)
+                output, target, x_t, t, alpha, nu, elbo = noising.of(rows, x0, batch, epoch)
                 a = adv[rows]
                 with torch.no_grad():
                     with policy.reference() if args.beta else nullcontext():
@@ -391,7 +456,7 @@ def main(args):
                         error_old = matching_error(o_lag, target).view_as(t)
                     else:  # on-policy: theta itself, with a stopped gradient
                         error_old = old[rows] if args.offpolicy == "half" and update else error.detach()
-                    weighted, weighted_old = (weighted_error(x, t, args.weight, args.huber_power) for x in (error, error_old))
+                    weighted, weighted_old = (weighted_error(x, t, args.weight, args.huber_power, elbo) for x in (error, error_old))
                     loss, log_ratio = awm_loss(a, weighted, weighted_old, args.ratio, args.clip_range)
                 # 4c: + KL to the reference and to the lagged copy, gradients
                 row, values = loss, {}

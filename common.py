@@ -82,7 +82,7 @@ def add_args(parser: argparse.ArgumentParser) -> None:
     g.add_argument("--cfg", type=float, default=5.0, help="classifier-free guidance scale, in rollout and training alike (paper: 5 for SD1.5, 4.5 for SD3.5, App. D); 1 = off")
     g.add_argument("--shared-noise", action=yes_no, default=False, help="the K images of a prompt start from the same x_T (DanceGRPO), so that the group's rewards differ by the policy's own draws only")
     g.add_argument("--detach-uncond", action=yes_no, default=False, help="no gradient through the unconditional branch (early Flow-GRPO, VGG-Flow)")
-    g.add_argument("--train-fraction", type=float, help="leading fraction of the T steps that are trained (Flow-GRPO: 0.99 = all but the last); default 1 for SD1.5, 0.99 for SD3.5")
+    g.add_argument("--train-fraction", type=float, help="leading fraction of the T steps that are trained (Flow-GRPO: 0.99 = all but the last); default 1 for SD1.5, 0.99 for SD3.5, all but the last two with --kernel cps")
     g.add_argument("--resolution", type=int, help="pixels per side (paper: 512); default 512 for SD1.5 and SD3.5, else the model's own")
     g.add_argument("--max-sequence-length", type=int, default=256, help="length of SD3.5's T5 part of the text; the embedded model uses 10 (Flow-GRPO: 128)")
 
@@ -226,6 +226,9 @@ def check_args(args) -> None:
     if args.steps < 2:
         raise UsageError(f"--steps {args.steps} is too few; a sampler needs at least 2 (papers: 50 for SD1.5, 10 for SD3.5)")
     check_above_zero(args, "lr", "lora_alpha", "max_grad_norm")
+    for name in ("lr", "cfg", "weight_decay", "lora_alpha"):
+        if not math.isfinite(getattr(args, name)):
+            raise UsageError(f"--{name.replace('_', '-')} {getattr(args, name)} is not a number one can use; give a finite one")
     world = max(1, int(os.environ.get("WORLD_SIZE", 1)))
     if args.num_prompts % world:
         fits = [w for w in range(1, args.num_prompts + 1) if args.num_prompts % w == 0 and w <= world]
@@ -251,7 +254,9 @@ def check_args(args) -> None:
         raise UsageError(f"--noise-level {args.noise_level} is above 1, where {args.kernel} has no real step; use at most 1")
     if args.train_fraction is None:
         args.train_fraction = 1.0 if args.kind == "eps" else 0.99
-    args.train_steps = int(args.steps * args.train_fraction + 1e-9)
+        if args.kernel == "cps" and args.steps > 2:  # its noise is proportional to s: next to nothing in the last two
+            args.train_fraction = (args.steps - 2) / args.steps
+    args.train_steps = int(args.steps * args.train_fraction + 1e-9) if math.isfinite(args.train_fraction) else 0
     if not 1 <= args.train_steps <= args.steps:
         raise UsageError(f"--train-fraction {args.train_fraction} of {args.steps} steps is {args.train_steps}; it must leave 1 to {args.steps}")
     args.eval_steps = args.eval_steps or args.steps
@@ -403,6 +408,12 @@ def run_main(main, parse_args, usage_error: type[Exception]) -> None:
             torch.distributed.destroy_process_group()
 
 
+def rollout_memory(args, latents: int, what: str) -> str:
+    """The line of --dry-run for so many latents; "unknown" where their size is not."""
+    d = latent_size(args)
+    return f"{latents * d * 4 / 2**30:.2f} GB over all processes ({what}; float32)" if d else "unknown"
+
+
 def print_sizes(args, rows: dict[str, str]) -> None:
     """--dry-run: the sizes that follow from the flags, and the memory they need apart from activations."""
     print(f"{'model':42s} {args.model} ({args.model_path}), kernel {args.kernel}, noise level {args.noise_level}")
@@ -410,9 +421,11 @@ def print_sizes(args, rows: dict[str, str]) -> None:
     print(f"{'steps':42s} {args.steps}, of which {args.train_steps} are trained; evaluation {args.eval_steps}")
     for key, value in rows.items():
         print(f"{key:42s} {value}")
-    if d := latent_size(args):
-        states, millions = args.num_prompts * args.group_size * (4 * args.steps + 1) * d * 4 / 2**30, MODELS[args.model][5]
-        print(f"{'memory for the rollout':42s} {states:.2f} GB over all processes (states, noise, two outputs; float32)")
+    if latent_size(args):
+        millions = MODELS[args.model][5]
+        if "memory for the rollout" not in rows:
+            latents = args.num_prompts * args.group_size * (4 * args.steps + 1)
+            print(f"{'memory for the rollout':42s} {rollout_memory(args, latents, 'states, noise, two outputs')}")
         print(f"{'memory for the denoiser':42s} {millions * 2e6 / 2**30:.2f} GB in half precision, {millions * 4e6 / 2**30:.2f} GB in float32, activations not counted")
 
 
@@ -929,14 +942,14 @@ class Batch:
         return [p.metadata for p in self.prompts]
 
 
-def epoch_batch(policy, args, run: Run, epoch: int) -> Batch:
-    """Prompts, text conditions and noise of this epoch: whole groups for each process."""
+def epoch_batch(policy, args, run: Run, epoch: int, draws: int | None = None) -> Batch:
+    """Prompts, text conditions and noise of this epoch, the start and `draws` (default --steps): whole groups for each process."""
     chosen = prompt_batch(args.prompt_list, epoch, args.seed, args.num_prompts)
     samples = args.num_prompts * args.group_size // run.world
     first = run.rank * samples
     prompts = [p for p in chosen for _ in range(args.group_size)][first : first + samples]
     indices = range(first, first + samples)
-    noise = sample_noise(args.seed, epoch, indices, args.steps, policy.latent_shape, run.device)
+    noise = sample_noise(args.seed, epoch, indices, args.steps if draws is None else draws, policy.latent_shape, run.device)
     if args.shared_noise:
         noise[:, 0] = noise[:: args.group_size, 0].repeat_interleave(args.group_size, 0)
     return Batch(prompts, indices, policy.encode([p.text for p in prompts]), noise)
@@ -983,17 +996,17 @@ def rollout(policy, grid, cond, prompts, noise, cfg, micro_batch, reference=(), 
     return Rollout(x, noise[:, 1:], o_old, o_ref, cond, prompts)
 
 
-def backward_scores(policy, grid, path: Rollout, n, i, x_t, o, cfg: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """grad log p_theta and grad log p_ref (x_s | x_t), both with respect to x_t (B, C, h, w), for rows n at steps i.
+def backward_scores(policy, grid, i, x_t, x_s, o, cond: Cond, cfg: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """grad log p_theta and grad log p_ref (x_s | x_t), both with respect to x_t (B, C, h, w), at steps i (B,).
 
     o = policy.predict(x_t, ...) with x_t requiring a gradient; the first is differentiable again (second_order()).
     """
-    x_s, sigma = path.x[n, i + 1], grid.at(grid.sigma, i, o)
+    sigma = grid.at(grid.sigma, i, o)
     logp = gaussian_logp(x_s, grid.mu(x_t, o, i), sigma, "sum")
     back = torch.autograd.grad(logp.sum(), x_t, create_graph=True)[0]
     x_ref = x_t.detach().requires_grad_()
     with policy.reference():
-        o_ref = policy.predict(x_ref, grid.time(i, len(n), o.device), path.cond[n], cfg)
+        o_ref = policy.predict(x_ref, grid.time(i, len(o), o.device), cond, cfg)
         logp_ref = gaussian_logp(x_s, grid.mu(x_ref, o_ref, i), sigma, "sum")
         back_ref = torch.autograd.grad(logp_ref.sum(), x_ref)[0]  # inside: checkpointing repeats the forward pass here
     return back, back_ref

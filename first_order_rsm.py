@@ -30,7 +30,7 @@ Port:  copy the functions under "method": tensors in, tensors out.
 
 import argparse
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import torch
@@ -92,7 +92,7 @@ def parse_args(argv=None):
     g.add_argument("--backward-coef", type=float, default=0.0, help="residual-db: weight of the backward term, the same balance differentiated with respect to x_t (Residual-DB: 1; RSM: unstable); 0 = none")
     g.add_argument("--replay-size", type=int, default=0, help="residual-db, sqdf: past transitions kept, from which x_t is drawn again; x_s and the guidance are new (SQDF: 1024 aesthetic, 4096 HPS; RSM: no benefit); 0 = online only")
     g.add_argument("--replay-ratio", type=int, default=1, help="replayed transitions per new one (SQDF: 1)")
-    g.add_argument("--replay-priority", default="uniform", choices=["uniform", "reward"], help="reward: in proportion to gamma^(steps left) r, negative ones never (SQDF has both)")
+    g.add_argument("--replay-priority", default="uniform", choices=["uniform", "reward"], help="reward: in proportion to gamma^(steps left) r above the buffer's smallest (SQDF has both)")
     g.add_argument("--net-lr", type=float, default=1e-3, help="learning rate of these networks")
     g.add_argument("--tiny-vae", default="", metavar="PATH", help="folder or hub id of a diffusers AutoencoderTiny (TAESD, TAESD3) that decodes for the gradient (RSM, flow)")
     g.add_argument("--checkpoint-decoder", action=yes_no, default=False, help="recompute the decoder's activations in the reward gradient: less memory")
@@ -118,17 +118,20 @@ def check(args):
     if not 1 <= args.step_every <= args.train_steps:
         raise common.UsageError(f"--step-every {args.step_every} must lie between 1 and the {args.train_steps} trained steps")
     if args.residual_scale != "none" and args.method != "residual-db":
-        raise common.UsageError(f"--residual-scale {args.residual_scale} belongs to residual-db, --method is {args.method}; leave it out")
+        raise common.UsageError(f"--residual-scale {args.residual_scale} belongs to residual-db, --method is {args.method}; use --residual-scale none (a preset may have set it)")
     if args.lookahead_model and (args.method != "sqdf" or args.guidance != "lookahead"):
         raise common.UsageError("--lookahead-model belongs to --method sqdf --guidance lookahead; leave it out")
     if args.temporal == "sigma" and args.method == "vgg-flow":
         raise common.UsageError("--temporal sigma is 0 on vgg-flow's deterministic rollout; use linear, quad or constant")
     for name in ("tiny_vae", "lookahead_model"):
-        if (path := getattr(args, name)) and not Path(path).is_dir():
-            if path.count("/") != 1:
-                raise common.UsageError(f"--{name.replace('_', '-')} {path} is neither a folder nor a hub id such as owner/name")
+        if path := getattr(args, name):
             file = "config.json" if name == "tiny_vae" else ("unet" if args.kind == "eps" else "transformer") + "/config.json"
-            common.require_hub(path, f"--{name.replace('_', '-')} {path}", file)
+            if Path(path).is_dir() and not (Path(path) / file).is_file():
+                raise common.UsageError(f"--{name.replace('_', '-')} {path} has no {file}; give the folder of {'an AutoencoderTiny' if name == 'tiny_vae' else 'a pipeline of the type of --model'}")
+            if not Path(path).is_dir() and path.count("/") != 1:
+                raise common.UsageError(f"--{name.replace('_', '-')} {path} is neither a folder nor a hub id such as owner/name")
+            if not Path(path).is_dir():
+                common.require_hub(path, f"--{name.replace('_', '-')} {path}", file)
     if args.value_net and args.train_steps != args.steps:
         raise common.UsageError(f"--value-net follows the value gradient to the end, and {args.train_steps} of {args.steps} steps are trained; use --train-fraction 1")
     if args.value_net and (args.method != "vgg-flow" or args.kind != "flow" or args.step_every != 1 or args.guidance != "current"):
@@ -280,51 +283,51 @@ def main(args):
         # ---- 3 guidance ---------------------------------------------------------------------------------------------
         chosen = step_choice(args, epoch, batch.indices)  # (B, S) trained steps of each image
         with recorder.scoring(epoch):
-            sets = [(path, chosen, batch)]
+            sets = [rows_of(path, chosen, batch, policy, gradient, grid, args)]
+            count, own = chosen.shape[1], chosen.numel()
+            place = torch.arange(own).view(-1, count)  # (B, S) the row of each transition
             if args.replay_size:
-                replay.add(grid, *sets[0], final, args, run)
-                sets.append(replay.draw(policy, grid, batch, transitions(args) - chosen.shape[1], epoch, args))
-            g = side_by_side([guidance(policy, gradient, grid, *one, args) for one in sets])  # (B, S, C, h, w)
-            if args.backward_coef:
-                g_t = side_by_side([guidance(policy, gradient, grid, *one, args, "current") for one in sets])
-        path, chosen, source = joined(sets)  # source (B, S): the trajectory of each transition
+                replay.add(grid, path, chosen, batch, final, args, run)
+                again = transitions(args) - count  # for each image
+                sets += [rows_of(*old, policy, gradient, grid, args) for old in replay.draw(policy, grid, batch, again, epoch, args)]
+                place = torch.cat([place, own + torch.arange(len(chosen) * again).view(-1, again)], 1)
+            rows = concatenated(sets)
 
         # ---- 4 update -----------------------------------------------------------------------------------------------
         recorder.phase()
         stats, norms = common.Stats([*means, *per_step, "guidance/norm"]), []
         limit = args.guidance_clip
-        rows_per_update = args.num_prompts * args.group_size * chosen.shape[1] / args.updates_per_epoch
-        for update, part in enumerate(common.epoch_updates(args, run, list(range(chosen.shape[1])), epoch)):
+        rows_per_update = args.num_prompts * args.group_size * place.shape[1] / args.updates_per_epoch
+        for update, part in enumerate(common.epoch_updates(args, run, list(range(place.shape[1])), epoch)):
             for chunk in common.micro_batches(part, args.micro_batch_size, run, f"update {update + 1}"):
-                place = tuple(chunk.unbind(1))
-                n, i = source[place], chosen[place]
-                x_t, o_old, o_ref = path.x[n, i], path.o_old[n, i], path.o_ref[n, i]
+                n = place[tuple(chunk.unbind(1))]
+                i, cond, x_t, o_old, o_ref = rows.step[n], rows.cond[n], rows.x_t[n], rows.o_old[n], rows.o_ref[n]
                 # 4a: the clipped guidance, with its weight
-                size = g[place].flatten(1).norm(dim=1)
-                push = args.scale * grid.at(eta, i, x_t) * clip_norm(g[place], limit)
+                size = rows.g[n].flatten(1).norm(dim=1)
+                push = args.scale * grid.at(eta, i, x_t) * clip_norm(rows.g[n], limit)
                 # 4b: the regression
                 x_t.requires_grad_(bool(args.backward_coef))
-                o = policy.predict(x_t, grid.time(i, len(n), run.device), path.cond[n], args.cfg)
+                o = policy.predict(x_t, grid.time(i, len(n), run.device), cond, args.cfg)
                 shift = grid.at(grid.o_coef, i, o) * (o - o_ref)  # mu_theta - mu_ref
                 net_loss, values = torch.zeros(len(n), device=run.device), {}
                 if args.method == "vgg-flow":
                     if args.value_net:
-                        net_loss = value_loss(policy, phi["net"], grid, path, chosen, g, eta, *place, limit, args)
+                        net_loss = value_loss(policy, phi["net"], grid, path, chosen, rows.g.unflatten(0, chosen.shape), eta, *chunk.unbind(1), limit, args)
                         push = push + args.scale * phi["net"](x_t, grid.t[i].to(x_t)).detach()
                     loss = vgg_loss(o, o_ref, push)
                 else:
                     sigma = grid.at(grid.sigma, i, o)
                     drift = shift / sigma
                     if args.flow_net:
-                        x_s, s = path.x[n, i + 1], torch.cat([grid.t, torch.zeros(1).double()])[i + 1].to(x_t)
-                        push = push + phi["net"](x_s, s)
-                        net_loss = (phi["net"](path.x[n, -1], torch.zeros_like(s)) ** 2).flatten(1).mean(1)
+                        s = torch.cat([grid.t, torch.zeros(1).double()])[i + 1].to(x_t)
+                        push = push + phi["net"](rows.x_s[n], s)
+                        net_loss = (phi["net"](rows.x_0[n], torch.zeros_like(s)) ** 2).flatten(1).mean(1)
                     if args.method == "residual-db":
                         loss = db_loss(drift, push, sigma, args.residual_scale)
                         if args.backward_coef:
-                            push_t = args.scale * grid.at(eta_t, i, x_t) * clip_norm(g_t[place], limit)
+                            push_t = args.scale * grid.at(eta_t, i, x_t) * clip_norm(rows.g_t[n], limit)
                             push_t = push_t + phi["net"](x_t.detach(), grid.t[i].to(x_t)) if args.flow_net else push_t
-                            scores = common.backward_scores(policy, grid, path, n, i, x_t, o, args.cfg)
+                            scores = common.backward_scores(policy, grid, i, x_t, rows.x_s[n], o, cond, args.cfg)
                             loss = loss + args.backward_coef * backward_loss(*scores, push_t, sigma, args.residual_scale)
                     else:
                         mu = grid.mu(x_t, o, i)
@@ -343,7 +346,7 @@ def main(args):
                 })  # fmt: skip
             norms.append(optimiser.step())
             if args.guidance_quantile:
-                limit = norm_quantile(g[tuple(part.unbind(1))], chosen.numel(), args.guidance_quantile, run)
+                limit = norm_quantile(rows.g[place[tuple(part.unbind(1))]], place.numel(), args.guidance_quantile, run)
 
         # ---- 5 log, samples, checkpoint, eval -----------------------------------------------------------------------
         norm = torch.tensor(norms).mean(0).tolist()
@@ -380,28 +383,28 @@ class Replay:
     def draw(self, policy, grid, batch, count: int, epoch: int, args):
         """`count` old transitions for each sample, with an x_s of today's policy, by (seed, epoch, sample index).
 
-        -> Rollout of B count trajectories, known at x_t, x_s and x_0 only, their steps (B count, 1), their Batch.
+        Yields micro-batches of them, in the samples' order: Rollout of one trajectory for each, known at x_t, x_s and x_0
+        only (NaN elsewhere), their steps (M, 1), their Batch.
         """
         old, device = self.items, batch.noise.device
         weight = torch.ones_like(old["value"])
         if args.replay_priority == "reward":
             weight = old["value"] - old["value"].min() + 1e-6
         generators = [common.generator("replay", args.seed, epoch, n) for n in batch.indices]
-        pick = torch.cat([torch.multinomial(weight, count, replacement=True, generator=g) for g in generators])
-        z = torch.cat([torch.randn((count, *policy.latent_shape), generator=g) for g in generators]).to(device)
-        prompts = [args.prompt_list[p] for p in old["prompt"][pick].tolist()]
-        cond, n, i = policy.encode([p.text for p in prompts]), torch.arange(len(pick)), old["step"][pick]
-        x = torch.zeros(len(pick), grid.steps + 1, *policy.latent_shape, device=device)
-        x[:, -1], x[n, i] = old["x_0"][pick].to(device), old["x_t"][pick].to(device)
-        path = common.Rollout(x, z, *(torch.full_like(x[:, 1:], torch.nan) for _ in range(2)), cond, prompts)  # NaN: unknown
-        for rows in n.split(args.micro_batch_size):
-            x_t, time = x[rows, i[rows]], grid.time(i[rows], len(rows), device)
+        every = torch.cat([torch.multinomial(weight, count, replacement=True, generator=g) for g in generators])
+        draws = torch.cat([torch.randn((count, *policy.latent_shape), generator=g) for g in generators])
+        for pick, z in zip(every.split(args.micro_batch_size), draws.to(device).split(args.micro_batch_size)):
+            prompts = [args.prompt_list[p] for p in old["prompt"][pick].tolist()]
+            cond, n, i = policy.encode([p.text for p in prompts]), torch.arange(len(pick)), old["step"][pick]
+            x = torch.full((len(pick), grid.steps + 1, *policy.latent_shape), torch.nan, device=device)
+            x[:, -1], x[n, i] = old["x_0"][pick].to(device), old["x_t"][pick].to(device)
+            path = common.Rollout(x, z, torch.full_like(x[:, 1:], torch.nan), torch.full_like(x[:, 1:], torch.nan), cond, prompts)
             with torch.no_grad():
-                path.o_old[rows, i[rows]] = policy.predict(x_t, time, cond[rows], args.cfg)
+                path.o_old[n, i] = policy.predict(x[n, i], grid.time(i, len(n), device), cond, args.cfg)
                 with policy.reference():
-                    path.o_ref[rows, i[rows]] = policy.predict(x_t, time, cond[rows], args.cfg)
-        x[n, i + 1] = grid.mu(x[n, i], path.o_old[n, i], i) + grid.at(grid.sigma, i, z) * z
-        return path, i[:, None], common.Batch(prompts, range(len(n)), cond, z[:, None])
+                    path.o_ref[n, i] = policy.predict(x[n, i], grid.time(i, len(n), device), cond, args.cfg)
+            x[n, i + 1] = grid.mu(x[n, i], path.o_old[n, i], i) + grid.at(grid.sigma, i, z) * z
+            yield path, i[:, None], common.Batch(prompts, range(len(n)), cond, z[:, None])
 
     def state_dict(self) -> dict:
         return self.items
@@ -410,22 +413,35 @@ class Replay:
         self.items = state
 
 
-def side_by_side(parts: list[torch.Tensor]) -> torch.Tensor:
-    """(B, S, ...) of the epoch's own transitions and (B C, 1, ...) of replayed ones -> (B, S + C, ...)."""
-    return torch.cat([part.reshape(len(parts[0]), -1, *part.shape[2:]) for part in parts], 1)
+@dataclass
+class Rows:
+    """Transitions, flat (R, ...), image by image; what only an option needs is None without it."""
+
+    step: torch.Tensor
+    cond: common.Cond
+    x_t: torch.Tensor
+    o_old: torch.Tensor
+    o_ref: torch.Tensor
+    g: torch.Tensor
+    g_t: torch.Tensor | None = None  # --backward-coef
+    x_s: torch.Tensor | None = None  # --backward-coef, --flow-net
+    x_0: torch.Tensor | None = None  # --flow-net
 
 
-def joined(parts):
-    """The epoch's own (path, chosen, batch) and the replayed ones -> one path, steps and trajectories (B, S + C)."""
-    paths, first, source = [part[0] for part in parts], 0, []
-    for _, chosen, _ in parts:
-        source.append(first + torch.arange(len(chosen))[:, None].expand_as(chosen))
-        first += len(chosen)
-    path = paths[0]
-    if len(paths) > 1:
-        x, o_old, o_ref = (torch.cat([getattr(p, name) for p in paths]) for name in ("x", "o_old", "o_ref"))
-        path = common.Rollout(x, path.z, o_old, o_ref, path.cond + paths[1].cond, path.prompts + paths[1].prompts)
-    return path, side_by_side([part[1] for part in parts]), side_by_side(source)
+def concatenated(parts: list[Rows]) -> Rows:
+    found = {f.name: [getattr(part, f.name) for part in parts] for f in fields(Rows)}
+    cond = sum(found["cond"][1:], found["cond"][0])
+    return Rows(**{k: cond if k == "cond" else None if v[0] is None else torch.cat(v) for k, v in found.items()})
+
+
+def rows_of(path, chosen, batch, policy, gradient, grid, args) -> Rows:
+    """The chosen steps (B, S) of these trajectories, with their guidance."""
+    n, i = torch.arange(len(chosen)).repeat_interleave(chosen.shape[1]), chosen.flatten()
+    where = [args.guidance, *(["current"] if args.backward_coef else [])]
+    g = [guidance(policy, gradient, grid, path, chosen, batch, args, w).flatten(0, 1) for w in where]  # (B S, C, h, w)
+    x_s = path.x[n, i + 1] if args.backward_coef or args.flow_net else None
+    x_0 = path.x[n, -1] if args.flow_net else None
+    return Rows(i, path.cond[n], path.x[n, i], path.o_old[n, i], path.o_ref[n, i], g[0], g[1] if g[1:] else None, x_s, x_0)
 
 
 def norm_quantile(g: torch.Tensor, most: int, quantile: float, run) -> float:
@@ -464,6 +480,7 @@ class RewardGradient:
         """x0_hat(x) at step i with gradient, by the chosen denoiser; i (B,) below T."""
         time = grid.time(i, len(x), x.device)
         if self.net is not None:
+            self.policy.network_calls += 1
             embeds = cond.embeds[cond.index]
             if cond.pooled is not None:
                 o = self.net(x.to(self.policy.dtype), embeds, cond.pooled[cond.index], time, return_dict=False)[0].float()
@@ -487,25 +504,28 @@ def guidance(policy, gradient, grid, path, chosen, batch, args, where: str = "")
     count, width = chosen.shape
     g = torch.zeros(count, width, *path.x.shape[2:], device=path.x.device)
     rows = [(n, k) for n in range(count) for k in range(1 if where == "terminal" else width)]
-    size = min(args.micro_batch_size, args.decode_batch_size)  # the graph of network, decoder and reward lives at once
-    for start in range(0, len(rows), size):
-        n, k = torch.tensor(rows[start : start + size]).unbind(1)
+    chunk = min(args.micro_batch_size, args.decode_batch_size)  # the graph of network, decoder and reward lives at once
+    for start in range(0, len(rows), chunk):
+        n, k = torch.tensor(rows[start : start + chunk]).unbind(1)
         texts, extra = [batch.texts[j] for j in n], [batch.metadata[j] for j in n]
         i = chosen[n, k] + (where == "lookahead")
         with gradient.frozen():
+            x, through = path.x[n, i], where != "terminal" and args.jacobian
             if where == "terminal":
-                x = path.x[n, -1].clone().requires_grad_()
-                total = gradient.reward_of(x, texts, extra)
-            elif args.jacobian:
-                x = path.x[n, i].clone().requires_grad_()
-                inner = i.clamp(max=grid.steps - 1)
-                x0 = gradient.x0_hat(grid, x, inner, path.cond[n])
+                x0 = path.x[n, -1]
+            elif through:
+                x.requires_grad_()
+                x0 = gradient.x0_hat(grid, x, i.clamp(max=grid.steps - 1), path.cond[n])
                 end = (i == grid.steps).to(x.device)[:, None, None, None]  # the terminal latent is its own estimate
-                total = gradient.reward_of(torch.where(end, x, x0), texts, extra)
+                x0 = torch.where(end, x, x0)
             else:
-                x = frozen_estimate(gradient, grid, path, n, i).requires_grad_()
-                total = gradient.reward_of(x, texts, extra)
-            g[n, k] = torch.autograd.grad(total.sum(), x)[0]
+                x0 = frozen_estimate(gradient, grid, path, n, i)
+            leaf = x0.detach().clone().requires_grad_()
+            a = torch.autograd.grad(gradient.reward_of(leaf, texts, extra).sum(), leaf)[0]
+            if through:  # ours: at norm 16, for a half-precision network's gradients would be lost at the reward's own scale
+                size = a.flatten(1).norm(dim=1).clamp(min=1e-30)[:, None, None, None] / 16
+                a = torch.autograd.grad(x0, x, a / size)[0] * size
+            g[n, k] = a
     return g[:, :1].expand(-1, width, -1, -1, -1) if where == "terminal" else g
 
 
@@ -513,7 +533,7 @@ def guidance(policy, gradient, grid, path, chosen, batch, args, where: str = "")
 def frozen_estimate(gradient, grid, path, n, i) -> torch.Tensor:
     """x0_hat at states i of the trajectories, from the rollout's own outputs where they are there; no gradient."""
     inner = i.clamp(max=grid.steps - 1)
-    if gradient.args.denoiser == "policy":
+    if gradient.args.denoiser == "policy" and gradient.net is None:
         x0 = grid.x0_hat(path.x[n, i], path.o_old[n, inner], inner)
     else:
         x0 = gradient.x0_hat(grid, path.x[n, i], inner, path.cond[n])

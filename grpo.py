@@ -17,8 +17,10 @@ Algorithm, one epoch (the loop below repeats the numbers):
      4c         + beta KL, on the outputs or the means;  AdamW
   5 log, checkpoint, evaluation with the same noise every time
 Differs from the papers: nowhere in the losses.  DDPO's running per-prompt statistics are replaced by those of the
-       epoch's group.  From public code: the old log-probs are the rollout's own, never theta's; a group is an integer,
-       not a text; Guard's bias is per sample (public code averages it over the batch); log ratios lose no digits.
+       epoch's group.  From public code: the old log-probs are the rollout's own, never theta's; those of CPS are
+       log-densities (public code leaves 1 / 2 sigma^2 out); a group is an integer, not a text; Guard's bias is per
+       sample (public code averages it over the batch); a window of SDE steps lasts an epoch, not a call of the
+       sampler; log ratios lose no digits.
 Run:   python grpo.py --preset tiny-sd15                  # embedded model, CPU, minutes, no downloads
        python grpo.py --preset vmpo-baseline-sd15-hpsv2   # the GRPO row of VMPO's Table 1, one GPU
        torchrun --nproc-per-node 8 grpo.py --preset flowgrpo-sd35-ocr
@@ -42,9 +44,10 @@ PRESETS = {
     "ddpo-sd15": dict(loss="ddpo", reward="aesthetic", prompts="prompts/simple_animals.txt", num_prompts=16, group_size=16, updates_per_epoch=4, adv_norm="group", kl="none", epochs=100),
     # Flow-GRPO: SD3.5-M, text rendering and GenEval; KL coefficients of the released configuration
     "flowgrpo-sd35-ocr": OCR,
-    "flowgrpo-sd35-geneval": SD35 | dict(reward="geneval-reward", prompts="prompts/geneval_train.jsonl", eval_prompts="prompts/geneval_official.jsonl", eval_rewards="geneval"),
-    # Flow-GRPO-Fast: two SDE steps in the noisy half, no KL, no guidance
-    "flowgrpo-fast": OCR | dict(sde_window=2, sde_window_mode="random", sde_window_range=[0, 5], noise_level=0.8, cfg=1.0, kl="none", clip_range=1e-5),
+    "flowgrpo-sd35-geneval": SD35 | dict(reward="geneval-reward-flowgrpo", prompts="prompts/geneval_train.jsonl", eval_prompts="prompts/geneval_official.jsonl", eval_rewards="geneval"),
+    # Flow-GRPO-Fast as released for SD3.5 without guidance: three CPS steps in the noisy half, no KL.  Its 1e-5 clips a
+    # log-prob without our 1 / 2 sigma^2; in steps 0-4 2 sigma^2 is 1.67 ... 0.91, so 1e-5 is nearly the same here
+    "flowgrpo-fast": OCR | dict(kernel="cps", sde_window=3, sde_window_mode="random", sde_window_range=[0, 5], noise_level=0.8, cfg=1.0, kl="none", clip_range=1e-5),
     # GRPO-Guard: released configuration
     "guard": OCR | dict(loss="guard", clip_range=2e-6, lr=1e-4, kl="none", adv_norm="group"),
     # PCPO on SD1.5: the baseline configuration of Reward Score Matching's code
@@ -63,12 +66,12 @@ def parse_args(argv=None):
     g.add_argument("--loss", default="grpo", choices=["reinforce", "ddpo", "grpo", "epg", "pcpo", "guard"], help="of a transition: reinforce = -A log p (DPOK: with --kl mean); ddpo = clipped ratio, no KL (DDPO-IS); grpo = the same clipped ratio, KL allowed; epg = -sg[ratio] A log p; pcpo = clipped log ratio; guard = clipped normalised ratio (GRPO-Guard)")
     g.add_argument("--adv-norm", default="global", choices=["group", "global", "none", "rloo", "raw"], help="A: (r - group mean) / group std (GRPO), / std of all rewards of the epoch (Flow-GRPO), / 1 (Dr.GRPO; VMPO Eq. 20), r - mean of the others, or r itself (REINFORCE)")
     g.add_argument("--adv-clip", type=float, default=5.0, help="A is clipped to +- this (DDPO, Flow-GRPO: 5)")
-    g.add_argument("--clip-range", type=float, default=1e-4, help="xi: clip range of the ratio, or of the log ratio for pcpo (Flow-GRPO, DDPO: 1e-4 for mean log-probs; Fast: 1e-5; Guard: 2e-6)")
+    g.add_argument("--clip-range", type=float, default=1e-4, help="xi: clip range of the ratio, or of the log ratio for pcpo (Flow-GRPO, DDPO: 1e-4 for mean log-probs; Fast: 1e-5, on CPS log-probs without 1 / 2 sigma^2; Guard: 2e-6)")
     g.add_argument("--fair-clip", default="none", choices=["none", "sigma2", "guard"], help="clip the log ratio at xi / sigma_t^2 instead of xi (RSM Eq. 24); guard also weights the row by sigma_t / dt")
-    g.add_argument("--kl", default="mean", choices=["none", "mean", "mean-nodt", "velocity", "implicit", "implicit-sum"], help="mean = KL of the steps' Gaussians, ||d mu||^2 / 2 sigma^2; mean-nodt = / 2 g^2, i.e. times dt (Flow-GRPO's code, flow models only); velocity = mean ||o - o_anchor||^2 (AWM); implicit = r - beta log(p_old / p_ref) of the step as its reward (VMPO Eq. 23), implicit-sum = of the whole trajectory")
+    g.add_argument("--kl", default="mean", choices=["none", "mean", "mean-nodt", "velocity", "implicit", "implicit-sum"], help="mean = KL of the steps' Gaussians, ||d mu||^2 / 2 sigma^2; mean-nodt = / 2 g^2, i.e. times dt (Flow-GRPO's code, flow models only); velocity = mean ||o - o_anchor||^2 (AWM); implicit = r - beta log(p_old / p_ref) of the step as its reward (VMPO Eq. 23), implicit-sum = of all trained steps")
     g.add_argument("--kl-anchor", default="old", choices=["ref", "old"], help="KL to the pretrained model (Flow-GRPO) or to the rollout's policy (VMPO's App. D)")
     g.add_argument("--beta", type=float, default=1.0, help="weight of the KL, in units of A (Flow-GRPO: 0.04 GenEval and OCR, 0.01 PickScore, all mean-nodt; VMPO's App. D: 1 to old)")
-    g.add_argument("--sde-window", type=int, default=0, help="number of consecutive stochastic steps, which alone are trained; the others are ODE steps (Flow-GRPO-Fast: 2, MixGRPO: 4); 0 = all steps stochastic")
+    g.add_argument("--sde-window", type=int, default=0, help="number of consecutive stochastic steps, which alone are trained; the others are ODE steps (Flow-GRPO-Fast: 2 or 3, MixGRPO: 4); 0 = all steps stochastic")
     g.add_argument("--sde-window-mode", default="fixed", choices=["fixed", "random", "progressive"], help="window at the start of its range, anew at random every --sde-window-every epochs (Fast), or moving on by one step (MixGRPO)")
     g.add_argument("--sde-window-range", type=int, nargs=2, metavar=("FIRST", "END"), help="steps in which the window lies (Flow-GRPO-Fast: 0 to half of the steps); default: the trained steps")
     g.add_argument("--sde-window-every", type=int, default=1, help="epochs between two windows (MixGRPO: 25)")
@@ -97,6 +100,10 @@ def check(args):
         raise common.UsageError(f"--pcpo-weights {args.pcpo_weights} does not fit --model {args.model}; use {'public or loss-only' if args.kind == 'eps' else 'zeta'}")
     common.check_above_zero(args, "clip_range", "adv_clip", "pcpo_w")
     common.check_not_negative(args, "beta")
+    if args.pcpo_zeta is not None:
+        common.check_above_zero(args, "pcpo_zeta")
+    if not args.sde_window and (useless := [flag for flag in args.argv if flag.startswith("--sde-window-")]):
+        raise common.UsageError(f"{useless[0]} does nothing with --sde-window 0; give a window of 1 or more steps, or leave it out")
     if args.sde_window < 0 or args.sde_window_every < 1:
         raise common.UsageError(f"--sde-window {args.sde_window} every {args.sde_window_every} epochs is impossible; use 0 or more steps, every 1 or more")
     args.sde_window_range = args.sde_window_range or [0, args.train_steps]
@@ -106,6 +113,8 @@ def check(args):
     common.check_updates(args, args.num_prompts * args.group_size * (args.sde_window or args.train_steps))
     if args.loss in ("ddpo", "grpo", "pcpo"):
         common.warn_of_clip_range(args)
+    if args.kl in ("mean", "mean-nodt", "velocity") and args.kl_anchor == "old" and args.updates_per_epoch * args.inner_epochs == 1:
+        print("note: --kl-anchor old with one update per rollout is a KL of a policy to itself, identically 0; for a KL that acts use --kl-anchor ref")
 
 
 def sizes(args) -> dict[str, str]:
@@ -217,6 +226,8 @@ def main(args):
     trainable = common.policy_steps(sde, args.train_steps)
     if args.sde_window and (silent := set(range(*args.sde_window_range)) - set(trainable)):
         raise common.UsageError(f"--sde-window-range: step {min(silent)} of kernel {args.kernel} has no noise and cannot be trained; end the range before it")
+    # a step without noise is no transition: the count of the flags may be too large
+    common.check_updates(args, args.num_prompts * args.group_size * (args.sde_window or len(trainable)))
     optimiser = common.Optimiser(args, run, params)
     means = ["loss/total", "loss/policy", "loss/kl", "kl/ref", "ratio/mean", "ratio/clip_frac", "ratio/approx_kl", "adv/mean", "adv/zero_std_frac", "adv/clip_frac"]
     tops = ["ratio/max", "ratio/start_deviation"]

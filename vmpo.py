@@ -395,7 +395,7 @@ def match_gradients(policy, grid, path, grad_r, phi, n, i, x_t, o, z, w, beta, a
     grad_logp_ref = grad_logp + w * (path.o_ref[n, i] - o) / sigma
     if args.objective == "gradient":
         return gradient_loss(grad_r[n, i + 1], grad_logp_ref, grad_logp, beta)
-    back, back_ref = common.backward_scores(policy, grid, path, n, i, x_t, o, args.cfg)  # with respect to x_t
+    back, back_ref = common.backward_scores(policy, grid, i, x_t, path.x[n, i + 1], o, path.cond[n], args.cfg)
     if args.objective == "gradient-xt":
         return gradient_loss(-grad_r[n, i], back_ref, back, beta)
     g_s, g_t = phi["residual"](path.x[n, i + 1], t_next), phi["residual"](x_t.detach(), grid.t[i].to(o.device))

@@ -24,12 +24,13 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-RELEASE = "--weight ghuber --train-timesteps 6 --train-fraction 0.9 --skip-first --adv-norm global --adv-scale 5 --clip-range 1 --ratio exp-each --offpolicy none --updates-per-epoch 1 --beta 0.003 --lag-coef 1 --sampler SASolverScheduler"
+RELEASE = "--sampler-noise 0.4 --weight ghuber --train-timesteps 6 --train-fraction 0.9 --skip-first --adv-norm global --adv-scale 5 --clip-range 1 --ratio exp-each --offpolicy none --updates-per-epoch 1 --beta 0.003 --lag-coef 1 --sampler SASolverScheduler"
 VARIANTS = {  # name: command; flags of one preset only; epochs by preset (None: the preset's own; 0: not on this preset)
     "vmpo-r2g-group": ("vmpo.py --potential r2g --mean group", {}, None),
     "vmpo-r2g-amortised": ("vmpo.py --potential r2g --mean time_prompt", {}, None),
     "vmpo-diff": ("vmpo.py --potential diff --mean group", {}, None),
     "grpo": ("grpo.py", {}, (100, 60)),
+    "grpo-2-updates": ("grpo.py --updates-per-epoch 2", {}, (100, 60)),  # as many as awm
     "dr-grpo": ("grpo.py --adv-norm none --beta 0.0125", {}, (100, 60)),
     "guard": ("grpo.py --loss guard", {"tiny": "--beta 0.5", "tiny-sd15": "--beta 0.3"}, (100, 60)),
     "pcpo": ("grpo.py --loss pcpo", {"tiny-sd15": "--pcpo-weights loss-only"}, (100, 60)),
@@ -66,7 +67,7 @@ VARIANTS |= {
     "sqdf": (f"{FIRST} --method sqdf --scale 1 --alpha 2.56 --residual-scale none --guidance lookahead --temporal gamma-discount", {}, (60, 60)),
     "sqdf-terminal": (f"{FIRST} --method sqdf --scale 1 --alpha 2.56 --residual-scale none --guidance terminal --temporal constant", {}, (120, 120)),
 }
-FAMILIES = {"learning": list(VARIANTS)[:10], "tempflow": list(VARIANTS)[10:14], "first_order": list(VARIANTS)[14:]}
+FAMILIES = {"learning": list(VARIANTS)[:11], "tempflow": list(VARIANTS)[11:15], "first_order": list(VARIANTS)[15:]}
 
 
 def parse_args():
@@ -176,9 +177,18 @@ def epochs_to_reach(points, level):
     return None
 
 
+def gain_of(runs, key) -> str:
+    """Mean gain +- standard error over the seeds; standard error over the images, which all seeds share; every seed."""
+    gains = [r["gain"][key] for r in runs]
+    n, mean = len(gains), sum(gains) / len(gains)
+    seeds = (sum((g - mean) ** 2 for g in gains) / (n - 1) / n) ** 0.5 if n > 1 else float("nan")
+    images = sum(r["gain_se"][key] for r in runs) / n
+    return f"**{mean:+.3f}** ± {seeds:.3f}; {images:.3f} ({', '.join(f'{g:+.3f}' for g in gains)})"
+
+
 def table(rows, seconds):
-    """One line per preset and variant: means over seeds, and the gain's standard error over images and seeds."""
-    print("| preset | variant | seeds | epochs | reward before | after | gain | strict before | after | gain | s per epoch | epochs (s) to GRPO's final reward |")
+    """One line per preset and variant: means over seeds."""
+    print("| preset | variant | seeds | epochs | reward before | after | gain ± over seeds; over images (each seed) | strict before | after | gain | s per epoch | epochs (s) to GRPO's final reward |")
     print("|---|---|---|---|---|---|---|---|---|---|---|---|")
     for preset in PRESETS:
         grpo = [r for r in rows if r["preset"] == preset and r["variant"] == "grpo" and r.get("curve")]
@@ -189,10 +199,8 @@ def table(rows, seconds):
                 continue
             n, cells = len(runs), []
             for key in ("shapes", "shapes-strict"):
-                before, after, gain = (sum(r[k][key] for r in runs) / n for k in ("before", "after", "gain"))
-                error = sum(r["gain_se"][key] ** 2 for r in runs) ** 0.5 / n
-                each = ", ".join(f"{r['gain'][key]:+.3f}" for r in runs)
-                cells.append(f"{before:.3f} | {after:.3f} | **{gain:+.3f}** ± {error:.3f} ({each})")
+                before, after = (sum(r[k][key] for r in runs) / n for k in ("before", "after"))
+                cells.append(f"{before:.3f} | {after:.3f} | {gain_of(runs, key)}")
             cost = seconds.get(f"{preset} {variant}")
             reached = epochs_to_reach(mean_curve(runs), goal) if goal and all(r.get("curve") for r in runs) else None
             when = "" if reached is None else f"{reached:.0f}" + (f" ({reached * cost:.0f})" if cost else "")
@@ -217,7 +225,7 @@ def frontier_mean(runs, key):
 
 def family_table(rows, seconds, family):
     """One line per preset and variant of a family whose unit of cost is the network evaluation or the second."""
-    print("| preset | variant | seeds | epochs | evaluations per epoch | s per epoch | reward before | gain (each seed) | gain at equal evaluations | gain at equal time | strictly right, gain | drift | diversity |")
+    print("| preset | variant | seeds | epochs | evaluations per epoch | s per epoch | reward before | gain ± over seeds; over images (each seed) | gain at equal evaluations | gain at equal time | strictly right, gain | drift | diversity |")
     print("|---|---|---|---|---|---|---|---|---|---|---|---|---|")
     for preset in PRESETS:
         found = {v: [r for r in rows if r["preset"] == preset and r["variant"] == v] for v in FAMILIES[family]}
@@ -227,17 +235,14 @@ def family_table(rows, seconds, family):
         soonest = min((runs[0]["epochs"] * times[v] for v, runs in found.items()), default=0) if all(times.values()) else None
         for variant, runs in found.items():
             n, points, first = len(runs), mean_curve(runs), runs[0]
-            gain, strict = (sum(r["gain"][key] for r in runs) / n for key in ("reward", "shapes-strict"))
-            errors = [sum(r["gain_se"][key] ** 2 for r in runs) ** 0.5 / n for key in ("reward", "shapes-strict")]
-            each = ", ".join(f"{r['gain']['reward']:+.3f}" for r in runs)
             base, cells = points[0][1], []
             for cost, budget in ((first["evaluations"], least), (times[variant], soonest)):
                 value = value_at(points, cost, budget) if budget else None
                 cells.append(f"{value[0] - base:+.3f} ± {value[1]:.3f}" if value else "")
             drift, alike = (frontier_mean(runs, key) for key in ("drift", "diversity"))
             cost = f"{times[variant]:.2f}" if times[variant] else ""
-            print(f"| {preset} | `{variant}` | {n} | {first['epochs']} | {first['evaluations']} | {cost} | {base:.3f} | **{gain:+.3f}** ± {errors[0]:.3f} ({each}) | {cells[0]} | {cells[1]} | "
-                  f"{strict:+.3f} ± {errors[1]:.3f} | {drift[-1][1]:.4f} | {alike[0][1]:.3f} → {alike[-1][1]:.3f} |")
+            print(f"| {preset} | `{variant}` | {n} | {first['epochs']} | {first['evaluations']} | {cost} | {base:.3f} | {gain_of(runs, 'reward')} | {cells[0]} | {cells[1]} | "
+                  f"{gain_of(runs, 'shapes-strict')} | {drift[-1][1]:.4f} | {alike[0][1]:.3f} → {alike[-1][1]:.3f} |")
 
 
 def family_figure(rows, seconds, family, preset, path):
@@ -282,7 +287,7 @@ def figure(rows, seconds, preset, path):
         if not runs:
             continue
         epochs, means, errors = zip(*mean_curve(runs))
-        style = dict(color=pyplot.cm.tab10(number), marker="osvD^<>Pxh"[number], markersize=4, capsize=2, label=f"{variant} ({len(runs)})")
+        style = dict(color=pyplot.cm.tab20(number), marker="osvD^<>Pxh*"[number], markersize=4, capsize=2, label=f"{variant} ({len(runs)})")
         axes[0].errorbar([e * IMAGES for e in epochs], means, errors, **style)
         if cost := seconds.get(f"{preset} {variant}"):
             axes[1].errorbar([e * cost for e in epochs], means, errors, **style)

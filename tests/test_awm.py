@@ -1,6 +1,7 @@
 """awm.py's pure functions, noisings and samplers against formulas, exact solutions and the theory of the paper."""
 
 import json
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -9,6 +10,7 @@ from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 
 import awm
 import common
+import rewards
 
 F64 = torch.float64
 WEIGHTS = ["uniform", "elbo", "t", "t2", "huber", "ghuber"]
@@ -169,7 +171,18 @@ def test_the_better_image_is_pulled_closer_and_the_worse_pushed_away():
 # ---- noise prediction -----------------------------------------------------------------------------------------------
 def test_eps_error_is_a_weighted_velocity_error():
     """SD1.5's docstring: seen as a rectified flow at t = nu / (alpha + nu), v_theta - v = (e_theta - e) / (1 - t)."""
-    abar = schedulers()["eps"].alphas_cumprod.double()[torch.randint(1000, (6,))]
+    # the second time for a rectified flow written as VP, whose bound is the flow's
+    times = (torch.arange(100_000, dtype=F64) + 0.5) / 100_000
+    flow = ((1 - times) / times) ** 2
+    index = torch.randint(1000, 99_000, (6,))
+    for abar, elbo in (
+        (schedulers()["eps"].alphas_cumprod.double()[torch.randint(1000, (6,))], None),
+        ((flow / (1 + flow))[index], awm.elbo_weights(flow / (1 + flow))[index]),
+    ):
+        check_eps_error(abar, elbo)
+
+
+def check_eps_error(abar, elbo):
     alpha, nu = abar.sqrt(), (1 - abar).sqrt()
     a, n = alpha[:, None, None, None], nu[:, None, None, None]
     x0, e, e_theta = randn(6, 2, 4, 4), randn(6, 2, 4, 4), randn(6, 2, 4, 4)
@@ -181,8 +194,35 @@ def test_eps_error_is_a_weighted_velocity_error():
     v_theta = (y - x0_theta) / s  # y - t v = x_0
     v_error, e_error = awm.matching_error(v_theta, e - x0), awm.matching_error(e_theta, e)
     close(v_error, e_error / (1 - t) ** 2, 1e-9)
-    for kind in ("uniform", "elbo", "t", "t2"):
-        close(awm.weighted_error(v_error, t, kind), awm.weighted_error(e_error, t, kind) / (1 - t) ** 2, 1e-9)
+    if elbo is not None:
+        weighted = awm.weighted_error(e_error, t, "elbo", elbo=elbo)
+        close(weighted, awm.weighted_error(v_error, t, "elbo"), 1e-5)
+        close(weighted, e_error / (t * (1 - t)), 1e-5)
+
+
+def test_elbo_of_a_noise_predicting_model_is_the_evidence_bound():
+    """tiny-sd15's schedule: -1/2 d logSNR / du by differences, and the exact discrete bound, whose term at index i is
+    (SNR_{i-1} / SNR_i - 1) / 2 ||e - e_hat||^2 summed over i, hence 1000 times that as a mean over i."""
+    betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=F64) ** 2
+    abar = torch.cumprod(1 - betas, 0)
+    config = json.loads((common.HERE / "tiny" / "sd15" / "scheduler" / "scheduler_config.json").read_text())
+    assert (config["beta_start"], config["beta_end"], config["beta_schedule"]) == (0.00085, 0.012, "scaled_linear")
+    scheduler = DDIMScheduler.from_config(config)
+    policy = SimpleNamespace(kind="eps", device="cpu", pipe=SimpleNamespace(scheduler=scheduler))
+    draw = awm.Noising(arguments("eps", "--timesteps", "uniform", "--t-min", 1e-6), policy)
+    snr = (abar / (1 - abar)).tolist()
+    differences = [(math.log(snr[i - 1]) - math.log(snr[i + 1])) * 1000 / 4 for i in range(1, 999)]
+    assert draw.elbo.shape == (1000,) and (draw.elbo > 0).all()
+    assert draw.elbo[1:-1].tolist() == pytest.approx(differences, rel=1e-3)  # the scheduler's betas are float32
+    bound = [1000 * (snr[i - 1] / snr[i] - 1) / 2 for i in range(30, 1000)]
+    assert draw.elbo[30:].tolist() == pytest.approx(bound, rel=0.04)
+    policy.predict = lambda x, timestep, cond, cfg: x
+    batch = SimpleNamespace(indices=range(4), cond=Rows(torch.arange(4)))
+    *_, elbo = draw.of(torch.tensor([2, 0]), torch.randn(4, 4, 3, 3), batch, 1)
+    _, _, timestep, *_ = draw(torch.randn(2, 4, 3, 3), 1, [2, 0])
+    close(elbo, draw.elbo[timestep.long()].float())  # an image's weights are those of its own times
+    error, t = torch.rand(2, 4, dtype=F64), torch.rand(2, 4, dtype=F64)
+    close(awm.weighted_error(error, t, "elbo", elbo=elbo), elbo * error)
 
 
 @pytest.mark.parametrize("kind", ["flow", "eps"])
@@ -407,8 +447,9 @@ def test_nft_identity(b):
     b^2 (c ||v - v*||^2 + (1 - c) ||v - v_old||^2)."""
     top, adv = 5.0, randn(30, scale=4.0)
     v_old, target = randn(30, 2, 3, 3), randn(30, 2, 3, 3)
+    adv[:4] = torch.tensor([-6.0, 6.0, -1.0, 1.0])
     r = (0.5 + adv / (2 * top)).clamp(0, 1)
-    assert (r == 0).any() or (r == 1).any() or adv.abs().max() < top
+    assert r[:4].tolist() == pytest.approx([0, 1, 0.4, 0.6])  # beyond A_max either way, and within
     c = (2 * r - 1) / b
     wanted = v_old + c[:, None, None, None] * (target - v_old)
     losses, regressions, mixtures, grads = [], [], [], []
@@ -548,6 +589,52 @@ def test_an_image_depends_on_no_micro_batch_and_no_process(kind, sampler, config
     assert rows.tolist() == list(range(6, 12))
 
 
+def test_the_start_of_an_image_does_not_depend_on_the_draws_after_it(monkeypatch):
+    """--sampler ode and diffusers' schedulers need no draws of ours: the start is the same without them."""
+    for shape in ((4, 8, 8), (16, 64, 64), (4, 64, 64)):
+        whole, alone = (common.sample_noise(3, 1, range(2), steps, shape, "cpu") for steps in (10, 0))
+        assert alone.shape[1] == 1 and torch.equal(whole[:, :1], alone)
+    asked = []
+    real = common.sample_noise
+    monkeypatch.setattr(common, "sample_noise", lambda *a: asked.append(a[3]) or real(*a))
+    policy = SimpleNamespace(latent_shape=(4, 8, 8), encode=lambda texts: None)
+    run = SimpleNamespace(world=1, rank=0, device="cpu")
+    for sampler, draws in (("sde", 7), ("ode", 0), ("SASolverScheduler", 0)):
+        args = arguments("flow", "--sampler", sampler, "--steps", 7)
+        batch = common.epoch_batch(policy, args, run, 0, awm.draws(args))
+        assert asked.pop() == draws and batch.noise.shape == (8, draws + 1, 4, 8, 8)
+        size = 8 * (draws + 2) * 256 * 4 / 2**30  # x_0 and the noise
+        assert awm.sizes(args)["memory for the rollout"].startswith(f"{size:.2f} GB")
+    huge = awm.sizes(arguments("flow", "--sampler", "ode", "--num-prompts", 4096))["memory for the rollout"]
+    assert huge.startswith(f"{4096 * 4 * 2 * 256 * 4 / 2**30:.2f} GB") and not huge.startswith("0.00")
+
+
+@pytest.mark.parametrize("kind", ["flow", "eps"])
+def test_sampler_noise_is_tau_between_300_and_900(kind):
+    flags = ["--sampler", "SASolverScheduler", "--steps", 14, "--sampler-noise"]
+    policy = GaussianPolicy(kind)
+    tau = awm.make_scheduler(arguments(kind, *flags, 0.4), policy.pipe.scheduler.config).tau_func
+    assert [tau(t) for t in (0, 299, 300, 600, 900, 901, 1000)] == [0, 0, 0.4, 0.4, 0.4, 0, 0]
+    batch = gaussian_batch(policy, 2, 0)
+    for noise in (0, 0.4):  # the epoch is the key of the scheduler's draws, the start is the same
+        one, two = (awm.sample(policy, arguments(kind, *flags, noise), batch, epoch, "") for epoch in (0, 1))
+        assert torch.equal(one, two) == (noise == 0)
+    default = awm.make_scheduler(arguments(kind, *flags[:-1]), policy.pipe.scheduler.config).tau_func
+    assert [default(t) for t in (199, 250, 850)] == [0, 1, 0]  # diffusers' own
+
+
+def test_sampler_noise_belongs_to_sasolver(capsys, monkeypatch):
+    for flags in ("ode --sampler-noise 0.4", "UniPCMultistepScheduler --sampler-noise=0",
+                  "SASolverScheduler --sampler-noise -0.1", "SASolverScheduler --sampler-noise nan"):  # fmt: skip
+        with pytest.raises(SystemExit) as stop:
+            arguments("flow", "--sampler", *flags.split())
+        assert stop.value.code == 2 and "--sampler-noise" in capsys.readouterr().err
+    noisy = dict(sampler="SASolverScheduler", sampler_noise=0.4)
+    monkeypatch.setitem(awm.PRESETS, "small", awm.PRESETS["tiny"] | noisy)
+    assert awm.parse_args(["--preset", "small"]).sampler_noise == 0.4
+    assert awm.parse_args(["--preset", "small", "--sampler", "ode"]).sampler_noise is None  # it was the replaced one's
+
+
 def test_sde_rollout_is_common_rollouts():
     for kind in ("flow", "eps"):
         policy, steps = GaussianPolicy(kind), 6
@@ -578,13 +665,51 @@ def test_unfit_samplers_are_refused_in_one_sentence(kind, sampler, capsys):
 @pytest.mark.parametrize(
     "config, word",
     [("{nonsense", "JSON"), ("[1]", "JSON"), ('{"no_such_setting":1}', "no_such_setting"),
-     ('{"algorithm_type":"foo"}', "foo"), ('{"prediction_type":"epsilon"}', "prediction_type")],
+     ('{"algorithm_type":"foo"}', "foo"), ('{"prediction_type":"epsilon"}', "prediction_type"),
+     ('{"num_train_timesteps":5}', "num_train_timesteps"), ('{"use_karras_sigmas":true}', "use_karras_sigmas"),
+     ('{"use_exponential_sigmas":true}', "use_exponential"), ('{"use_lu_lambdas":true}', "use_lu_lambdas"),
+     ('{"timestep_spacing":"x"}', "ValueError")],
 )  # fmt: skip
 def test_wrong_sampler_settings_are_refused_in_one_sentence(config, word, capsys):
     with pytest.raises(SystemExit) as stop:
         arguments("flow", "--sampler", "DPMSolverMultistepScheduler", "--sampler-config", config)
     message = capsys.readouterr().err.strip()
     assert stop.value.code == 2 and word in message and "\n" not in message
+
+
+@pytest.mark.parametrize(
+    "kind, sampler, config, word",
+    [("flow", "SASolverScheduler", {"tau_func": 1}, "--sampler-noise"),
+     ("flow", "SASolverScheduler", {"predictor_order": 9}, "fails"),
+     ("eps", "SASolverScheduler", {"predictor_order": 9}, "fails"),
+     ("eps", "DDIMScheduler", {"timestep_spacing": "x"}, "fails"),
+     ("eps", "DDIMScheduler", {"beta_end": 0.5}, "beta_end"),
+     ("eps", "DPMSolverMultistepScheduler", {"trained_betas": [0.1, 0.2]}, "trained_betas"),
+     ("eps", "DDIMScheduler", {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}, "not finite")],
+)  # fmt: skip
+def test_settings_that_would_fail_in_the_first_rollout_are_refused(kind, sampler, config, word, capsys):
+    with pytest.raises(SystemExit) as stop:
+        arguments(kind, "--sampler", sampler, "--sampler-config", json.dumps(config))
+    message = capsys.readouterr().err.strip()
+    assert stop.value.code == 2 and word in message and "\n" not in message
+
+
+@pytest.mark.parametrize(
+    "kind, sampler, config, stochastic",
+    [("flow", "SASolverScheduler", {}, True), ("flow", "UniPCMultistepScheduler", {}, False),
+     ("flow", "DPMSolverMultistepScheduler", {}, False), ("flow", "DPMSolverMultistepScheduler", SDE_DPM, True),
+     ("eps", "DDIMScheduler", {}, False), ("eps", "EulerAncestralDiscreteScheduler", {}, True)],
+)  # fmt: skip
+def test_shared_noise_needs_a_sampler_with_draws(kind, sampler, config, stochastic, capsys):
+    flags = ["--sampler", sampler, "--sampler-config", json.dumps(config), "--shared-noise"]
+    if stochastic:
+        arguments(kind, *flags)
+        flags += ["--sampler-noise", 0]
+        if sampler != "SASolverScheduler":
+            return
+    with pytest.raises(SystemExit) as stop:
+        arguments(kind, *flags)
+    assert stop.value.code == 2 and "--shared-noise" in capsys.readouterr().err
 
 
 def test_sampler_settings_need_a_scheduler_that_reads_them(capsys):
@@ -605,13 +730,22 @@ def test_the_defaults_are_the_papers():
 
 
 def test_the_release_presets_are_the_official_configurations():
-    for name, beta, prompts, skip in (
-        ("ocr", 0.003, 72, True),
-        ("geneval", 0.001, 72, True),
-        ("pickscore", 1e-4, 24, False),
+    for name, beta, prompts, skip, noise, reward in (
+        ("ocr", 0.003, 72, True, 0.4, "ocr"),
+        ("geneval", 0.001, 72, True, 0.4, "geneval-reward-flowgrpo"),
+        ("pickscore", 1e-4, 24, False, 0, "pickscore26"),
     ):
         preset = awm.PRESETS[f"release-{name}"]
         official = dict(beta=beta, num_prompts=prompts, skip_first=skip, steps=14, cfg=1.0, weight="ghuber",
                         train_timesteps=6, train_fraction=0.9, adv_norm="global", adv_scale=5.0, clip_range=1.0,
                         ratio="exp-each", lag_coef=1.0, updates_per_epoch=1, ema_decay=0.99)  # fmt: skip
         assert {key: preset[key] for key in official} == official
+        assert preset["sampler"] == "SASolverScheduler" and preset["sampler_noise"] == noise
+        assert ("ocr" if name == "ocr" else preset["reward"]) == reward
+        if name != "ocr":
+            assert awm.PRESETS[f"awm-{name}"]["reward"] == reward and reward in rewards.REWARDS
+        policy = GaussianPolicy("flow")
+        args = arguments("flow", "--sampler", preset["sampler"], "--sampler-noise", noise, "--steps", preset["steps"])
+        one, two = (awm.sample(policy, args, gaussian_batch(policy, 2, 0), epoch, "") for epoch in (0, 1))
+        assert torch.equal(one, two) == (noise == 0)  # PickScore: an ODE
+    assert awm.PRESETS["nft-geneval"]["reward"] == "geneval-reward-flowgrpo"

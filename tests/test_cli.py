@@ -88,7 +88,7 @@ SIZES = [  # the papers' experiments: what --dry-run must say
     ("grpo", "--preset flowgrpo-sd35-ocr --prompts prompts/ocr_test.txt",
      ["1152 = 48 prompts x 24", "10368, 5184 per update", "23040 in the rollout, 20736 of the reference, 20736 with"]),
     ("grpo", "--preset flowgrpo-fast --prompts prompts/ocr_test.txt",
-     ["2 of 10, random", "11520 in the rollout, 0 of the reference, 2304 with gradient", "2304, 1152 per update"]),
+     ["3 of 10, random", "11520 in the rollout, 0 of the reference, 3456 with gradient", "3456, 1728 per update"]),
     ("grpo", "--preset pcpo-sd15", ["128 = 8 prompts x 16", "6400, 3200 per update"]),
     ("awm", "--preset awm-ocr --prompts prompts/ocr_test.txt",
      ["1152 = 48 prompts x 24", "4 per image, law discrete", "2 per epoch",

@@ -4,6 +4,7 @@ float64, its updates recomputed from what a run saw, and the run as a whole on t
 import argparse
 import copy
 import csv
+import dataclasses
 import json
 import math
 import os
@@ -550,7 +551,6 @@ def test_value_loss_reaches_the_value_network_alone(world):
         world.policy.detach_uncond = detach
         losses.append(fo.value_loss(world.policy, net, grid, world.path, world.chosen, g, eta, n, k, 1e9, args))
     world.policy.detach_uncond = False
-    torch.autograd.grad(losses[0].sum(), net.last.weight, retain_graph=True)[0].norm().item()
     losses[0].sum().backward()
     assert all(p.grad is None for p in world.params)
     assert all(p.grad is not None and p.grad.norm() > 0 for p in net.parameters())
@@ -614,7 +614,9 @@ class Spy:
             return self.paths[-1]
 
         def spy_draw(*a):
-            self.replayed.append(found := draw(*a))
+            found = list(draw(*a))
+            self.replayed.append(found[0])
+            assert len(found) == 1  # one micro-batch
             return found
 
         def spy_guidance(policy, gradient, grid, path, chosen, batch, args, *where):
@@ -776,7 +778,8 @@ def test_backward_term_is_the_balance_differentiated_in_x_t(tmp_path, monkeypatc
         net.load_state_dict({k.removeprefix("net."): v for k, v in seen.phi.items()})
     sets = 2 if args.replay_size else 1
     paths = [spy.paths[1], *(found[0] for found in spy.replayed[1:])]
-    g_s, g_t, chosen = spy.g[2 * sets : 3 * sets], spy.g[3 * sets :], spy.chosen[2 * sets : 3 * sets]
+    second = slice(2 * sets, None)  # calls of the second epoch: for each set first at x_s, then at x_t
+    g_s, g_t, chosen = spy.g[second][::2], spy.g[second][1::2], spy.chosen[second][::2]
     assert len(g_t) == sets and all((a - b).abs().max() > 0 for a, b in zip(g_s, g_t))
 
     def field(x, t):
@@ -811,6 +814,34 @@ def test_backward_term_is_the_balance_differentiated_in_x_t(tmp_path, monkeypatc
         cosine_and_size(seen.grad_phi, torch.autograd.grad(total / count, list(net.parameters())), 5e-3)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradient_checkpointing_changes_nothing_of_the_backward_term(tmp_path, no_pictures, kind):
+    flags = ["--model", MODELS[kind], "--method", "residual-db", "--backward-coef", 1, "--flow-net", "--cfg", 2]
+    plain = train(tmp_path, "plain", *flags, "--epochs", 2, "--lr", 1e-2)
+    close(plain, train(tmp_path, "again", *flags, "--epochs", 2, "--lr", 1e-2, "--gradient-checkpointing"))
+
+
+@pytest.mark.parametrize("denoiser", ["policy", "reference"])
+def test_the_scale_of_the_reward_does_not_matter_in_half_precision(world, monkeypatch, denoiser):
+    """A float16 network's own gradients end at 6e-8, so they must not carry the reward's scale."""
+    half = copy.deepcopy(world.policy.net).half()
+    for name, p in half.named_parameters():
+        p.data = p.data.float() if "lora" in name else p.data
+    narrow = []
+    for cond in (world.policy.uncond, world.path.cond):
+        pooled = None if cond.pooled is None else cond.pooled.half()
+        narrow.append(dataclasses.replace(cond, embeds=cond.embeds.half(), pooled=pooled))
+    for owner, name, value in ((world.policy, "net", half), (world.policy, "dtype", torch.float16),
+                               (world.policy, "uncond", narrow[0]), (world.path, "cond", narrow[1])):  # fmt: skip
+        monkeypatch.setattr(owner, name, value)
+    found = []
+    for weight in (1.0, 1e-6):
+        reward = rewards.load(f"clipscore={weight}", "cpu", torch.float32, world.args.paths)
+        monkeypatch.setattr(world, "reward", reward)
+        found.append(world.guidance(guidance="lookahead", denoiser=denoiser) / weight)
+    assert 0 < (found[1] - found[0]).norm() < 0.01 * found[0].norm()
+
+
 def test_weight_of_the_start():
     for kind in KINDS:
         grid, rows = grids(kind)
@@ -838,7 +869,7 @@ def test_buffer_keeps_the_newest_transitions_and_draws_them_again(world):
     assert torch.equal(buffer.items["x_0"][4], world.path.x[2, 4])
     buffer.add(world.grid, world.path, chosen, batch, final, args, world.run)
     assert buffer.items["step"].tolist() == [2, 2, 2, 0, 3, 1, 2, 2, 2]  # of twelve the nine newest
-    path, at, others = buffer.draw(world.policy, world.grid, batch, 5, 3, args)
+    ((path, at, others),) = buffer.draw(world.policy, world.grid, batch, 5, 3, args)
     assert path.x.shape == (15, 5, *world.policy.latent_shape) and at.shape == (15, 1) and len(others.prompts) == 15
     fresh = set()
     for m in range(15):
@@ -858,12 +889,16 @@ def test_buffer_keeps_the_newest_transitions_and_draws_them_again(world):
         fresh.add(round(z.flatten()[0].item(), 4))
         assert abs(z.std().item() - 1) < 0.25 and not torch.equal(path.x[m, i + 1], world.path.x[m % 3, i + 1])
     assert len(fresh) == 15
-    again = buffer.draw(world.policy, world.grid, batch, 5, 3, args)[0].x
-    torch.testing.assert_close(again, path.x, rtol=0, atol=0)
-    assert not torch.equal(buffer.draw(world.policy, world.grid, batch, 5, 4, args)[0].x, path.x)
+
+    def states(which, epoch, **changes):
+        parts = buffer.draw(world.policy, world.grid, which, 5, epoch, argparse.Namespace(**(vars(args) | changes)))
+        return torch.cat([part[0].x for part in parts])
+
+    torch.testing.assert_close(states(batch, 3), path.x, rtol=0, atol=0, equal_nan=True)
+    assert not torch.equal(states(batch, 4).nan_to_num(), path.x.nan_to_num())
+    torch.testing.assert_close(states(batch, 3, micro_batch_size=4), path.x, rtol=1e-4, atol=1e-4, equal_nan=True)
     share = common.Batch(prompts[1:], range(5, 7), world.batch.cond, world.batch.noise[1:])  # another process's share
-    part = buffer.draw(world.policy, world.grid, share, 5, 3, args)[0].x
-    torch.testing.assert_close(part, path.x[5:], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(states(share, 3), path.x[5:], rtol=1e-4, atol=1e-4, equal_nan=True)
 
 
 def test_priority_is_the_discounted_reward_above_the_smallest(world):
@@ -872,8 +907,9 @@ def test_priority_is_the_discounted_reward_above_the_smallest(world):
     args.prompt_list, buffer = prompts, fo.Replay(100)
     chosen, batch = torch.tensor([[3], [3], [3]]), common.Batch(prompts, range(3), world.batch.cond, world.batch.noise)
     buffer.add(world.grid, world.path, chosen, batch, torch.tensor([-1.0, 0.0, 2.0]), args, world.run)
-    _, _, drawn = buffer.draw(world.policy, world.grid, batch, 200, 0, args)
-    counts = torch.bincount(torch.tensor([p.id for p in drawn.prompts]), minlength=3)
+    found = buffer.draw(world.policy, world.grid, batch, 200, 0, args)
+    drawn = [p.id for _, _, others in found for p in others.prompts]
+    counts = torch.bincount(torch.tensor(drawn), minlength=3)
     assert counts[0] == 0 and abs(counts[1].item() - 150) < 4 * (600 * 0.25 * 0.75) ** 0.5  # weights 0 : 1 : 3
 
 

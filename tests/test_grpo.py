@@ -341,6 +341,43 @@ def test_kl_and_its_gradient_vanish_where_the_outputs_agree(grid):
 
 # ---- flags ----------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
+    "flags, word",
+    [("--pcpo-zeta -1", "--pcpo-zeta"), ("--pcpo-zeta nan", "--pcpo-zeta"), ("--pcpo-zeta 0", "--pcpo-zeta"),
+     ("--sde-window-range 0 3", "--sde-window-range"), ("--sde-window-mode random", "--sde-window-mode"),
+     ("--sde-window 0 --sde-window-every=4", "--sde-window-every")],
+)  # fmt: skip
+def test_flags_without_meaning_are_refused(flags, word, capsys):
+    with pytest.raises(SystemExit) as stop:
+        grpo.parse_args(["--preset", "tiny", *flags.split()])
+    assert stop.value.code == 2 and word in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "flags, silent",
+    [("--kl mean --kl-anchor old", True), ("--kl velocity --kl-anchor old", True),
+     ("--kl mean --kl-anchor ref", False), ("--kl none --kl-anchor old", False),
+     ("--kl implicit --kl-anchor old", False),
+     ("--kl mean --kl-anchor old --updates-per-epoch 2", False),
+     ("--kl mean --kl-anchor old --inner-epochs 2", False)],
+)  # fmt: skip
+def test_a_kl_that_is_identically_zero_is_noted(flags, silent, capsys):
+    grpo.parse_args(["--preset", "tiny", *flags.split()])
+    assert ("identically 0" in capsys.readouterr().out) == silent
+
+
+def test_the_fast_preset_is_the_released_one_and_its_clip_range_fits_our_density():
+    """CPS log-probs of the public code lack 1 / 2 sigma^2: its 1e-5 is 1e-5 / 2 sigma^2 of ours."""
+    preset = grpo.PRESETS["flowgrpo-fast"]
+    released = dict(kernel="cps", sde_window=3, sde_window_mode="random", sde_window_range=[0, 5], noise_level=0.8,
+                    cfg=1.0, kl="none", clip_range=1e-5, steps=10)  # fmt: skip
+    assert {key: preset[key] for key in released} == released
+    factor = 2 * sd35(preset["steps"], preset["noise_level"], preset["kernel"]).sigma ** 2
+    assert (factor[0].item(), factor[4].item()) == pytest.approx((1.668, 0.905), abs=1e-3)  # docs/grpo.md
+    assert ((0.9 < factor[:5]) & (factor[:5] < 1.7)).all() and factor[7] < 0.2
+    assert grpo.PRESETS["flowgrpo-sd35-geneval"]["reward"] == "geneval-reward-flowgrpo"
+
+
+@pytest.mark.parametrize(
     "flags, needed",
     [("--kl none", False), ("--kl mean --kl-anchor old", False), ("--kl velocity --kl-anchor old", False),
      ("--kl mean --kl-anchor ref", True), ("--kl mean-nodt --kl-anchor ref", True), ("--kl implicit", True),

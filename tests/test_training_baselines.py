@@ -5,6 +5,7 @@ below rebuild each gradient in float64 from torch.distributions and the formulas
 """
 
 import csv
+import math
 import os
 import re
 import subprocess
@@ -451,10 +452,16 @@ class AwmOracle:
         def square(x, y):
             return ((x - y) ** 2).mean((2, 3, 4))
 
+        elbo = (1 - t) / t
+        if args.kind == "eps":  # -1/2 d logSNR / du, u = index / 1000; one-sided at the ends
+            snr = [x / (1 - x) for x in self.spy.policy.pipe.scheduler.alphas_cumprod.double().tolist()]
+            ends = [[(max(0, i - 1), min(999, i + 1)) for i in row] for row in self.time[n].long().tolist()]
+            elbo = torch.tensor([[500 * math.log(snr[a] / snr[b]) / (b - a) for a, b in row] for row in ends])
+
         def bound(e):  # -l
             p = args.huber_power
             return {
-                "uniform": e, "elbo": e * (1 - t) / t, "t": e * t, "t2": e * t**2,
+                "uniform": e, "elbo": e * elbo, "t": e * t, "t2": e * t**2,
                 "huber": t * ((e + 1e-10).sqrt() - 1e-5), "ghuber": t / p * ((e + 1e-10) ** p - 1e-10**p),
             }[args.weight]  # fmt: skip
 
@@ -665,8 +672,21 @@ def test_an_update_may_hold_no_row_of_a_process(tmp_path, monkeypatch, script):
 def test_a_window_of_steps_without_noise_is_refused(tmp_path):
     """cps arrives at data without noise: that step has no density and cannot be trained."""
     flags = "--kernel cps --train-fraction 1 --sde-window 1 --sde-window-range 3 4".split()
-    with pytest.raises((SystemExit, common.UsageError)):
+    with pytest.raises(common.UsageError, match="step 3 of kernel cps has no noise"):
         train(grpo, tmp_path, "run", *flags)
+
+
+def test_a_step_without_noise_is_not_counted_as_a_transition(tmp_path, capsys):
+    """2 x 3 images and 4 steps, the last of which cps performs without noise: 18 transitions, not 24."""
+    flags = "--kernel cps --train-fraction 1 --updates-per-epoch".split()
+    with pytest.raises(common.UsageError, match="does not divide the 18 transitions"):
+        train(grpo, tmp_path, "four", *flags, 4)
+    spy_rows = []
+    with pytest.MonkeyPatch.context() as patch:
+        real = common.shuffled_rows
+        patch.setattr(common, "shuffled_rows", lambda *a: spy_rows.append(real(*a)) or spy_rows[-1])
+        train(grpo, tmp_path, "three", *flags, 3)
+    assert [len(part) for part in spy_rows[0]] == [6, 6, 6]
 
 
 # ---- advantages -----------------------------------------------------------------------------------------------------
