@@ -25,6 +25,7 @@ Port:  copy the functions under "method": tensors in, tensors out.
 """
 
 import dataclasses
+import warnings
 from dataclasses import dataclass
 
 import torch
@@ -100,15 +101,19 @@ def check(args):
             raise common.UsageError(f"--tree-splits {args.tree_splits} goes beyond the {args.train_steps} trained steps; use steps 0 to {args.train_steps - 1}")
         args.widths = [(2 if i in args.splits else 1) if i < args.train_steps else 0 for i in range(args.steps)]
     else:
-        args.widths = None if args.profile.isalpha() else parse_profile(args.profile, args.train_steps, args.steps)
         if args.profile.isalpha() and args.profile not in PROFILES:
             raise common.UsageError(f"--profile {args.profile} is unknown; use {', '.join(PROFILES)}, a list 'B_0,B_1,...' or 'step:B,...'")
+        if args.profile_power is not None and not abs(args.profile_power) <= 10:
+            raise common.UsageError(f"--profile-power {args.profile_power} is no exponent one can use; give one between -10 and 10")
+        args.widths = None if args.profile.isalpha() else parse_profile(args.profile, args.train_steps, args.steps)
         if args.grouping == "seed" and args.widths and 1 in args.widths:
             raise common.UsageError(f"--profile {args.profile} has a step with one child, and --grouping seed compares the children of a state; use 2 or more, or --grouping prompt")
         if args.grouping == "prompt" and args.group_size < 2 and args.widths and 1 in args.widths:
             raise common.UsageError(f"--profile {args.profile} has a step with one child, --group-size {args.group_size} leaves it alone in its group; use 2 or more of either")
         if not args.widths:
-            named_profile(args, None)
+            args.widths = named_profile(args, None)
+        if not args.widths and (scheduler := find_scheduler(args)):
+            args.widths = named_profile(args, sde_grids(scheduler, args)[1].sigma.tolist())
     if args.grouping == "prompt" and args.group_size < 2 and args.branching == "tree" and 0 not in args.splits:
         raise common.UsageError(f"--group-size {args.group_size} leaves one image per prompt and nothing to compare; use 2 or more")
     if args.branching == "tree" and args.grouping == "seed" and 0 not in args.splits:
@@ -121,8 +126,8 @@ def check(args):
         raise common.UsageError(f"--shared-noise makes the {args.group_size} trunks of a prompt identical; use --group-size 1 and a wider --profile")
     if args.loss == "rsm" and (args.kl != "true" or not args.beta > 0):
         raise common.UsageError("--loss rsm writes policy term and KL as one square (Eq. 10); use --kl true and --beta above 0, or --loss hinge")
-    if args.loss == "ppo" and args.reweight == "pcpo" or args.loss == "rsm" and args.fair_clip != "none":
-        raise common.UsageError(f"--loss {args.loss} does not go with --reweight {args.reweight} --fair-clip {args.fair_clip}; use --loss hinge")
+    if args.loss == "ppo" and args.reweight == "pcpo":
+        raise common.UsageError("--loss ppo does not go with --reweight pcpo; use --loss hinge or rsm")
     if args.fair_clip != "none" and args.reweight in ("pcpo", "guard"):
         raise common.UsageError(f"--fair-clip {args.fair_clip} does not go with --reweight {args.reweight}; use none or tempflow")
     if args.kl == "heuristic" and args.kind == "eps":
@@ -132,49 +137,78 @@ def check(args):
     if args.anchor_max_ratio is not None:
         common.check_not_negative(args, "anchor_max_ratio")
     if args.widths:
-        states = args.num_prompts * args.group_size * (sum(map(bool, args.widths)) + len(anchor_steps(args, args.widths)))
-        if args.updates_per_epoch > states:
-            raise common.UsageError(f"--updates-per-epoch {args.updates_per_epoch} is more than the {states} states of an epoch; use fewer")
+        check_states(args, args.widths)
+    if args.reweight != "guard":
+        common.warn_of_clip_range(args)
+
+
+def check_states(args, widths: list[int]) -> None:
+    states = args.num_prompts * args.group_size * sum(map(bool, widths)) + anchor_count(args, widths)
+    if args.updates_per_epoch > states:
+        raise common.UsageError(f"--updates-per-epoch {args.updates_per_epoch} is more than the {states} states of an epoch; use fewer")
+
+
+def find_scheduler(args):
+    """The model's scheduler, of which only the configuration is read; None for a model that is still on the hub."""
+    import diffusers
+
+    cls = diffusers.DDIMScheduler if args.kind == "eps" else diffusers.FlowMatchEulerDiscreteScheduler
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of a deprecated option that diffusers passes to the hub's client
+        try:
+            return cls.from_pretrained(args.model_path, subfolder="scheduler", local_files_only=True)
+        except OSError:
+            return None
 
 
 def sizes(args) -> dict[str, str]:
-    """The lines of --dry-run; a named profile on SD1.5 or a flow model of the hub needs its grid, hence the model."""
+    """The lines of --dry-run."""
     samples, passes = args.num_prompts * args.group_size, 2 if args.cfg != 1 else 1
     lines = {"images per epoch": f"{samples} = {args.num_prompts} prompts x {args.group_size} seeds"}
-    widths = args.widths or named_profile(args, None)
+    widths = args.widths
     if widths is None:
-        return lines | {"children": f"profile {args.profile}: generated from the model's grid when it is loaded"}
+        text = f"profile {args.profile}: generated from the model's grid when it is loaded"
+        return lines | {"children": text, "memory for the rollout": "unknown before that"}
     rows, training = sum(widths), [i for i, b in enumerate(widths) if b]
     if args.branching == "tree":
         nodes, calls, parents, children = 1, 0, 0, 0
         for b in widths:
             calls, parents, children = calls + nodes, parents + nodes * bool(b), children + nodes * b
             nodes *= b or 1
-        kept, tails = 0, 0
+        tails = 0
         lines |= {"leaves per image": str(nodes)}
     else:
         anchors = anchor_steps(args, widths)
-        calls, children, nodes, parents = network_evaluations(widths, max([*training, *anchors])), rows, rows, len(training) + len(anchors)
-        kept = len(anchors) * samples
-        if args.anchor_max_ratio is not None:
-            kept = min(kept, int(args.anchor_max_ratio * samples * rows))
+        calls, children, nodes, parents = network_evaluations(widths, max([*training, *anchors])), rows, rows, len(training)
         tails = sum(b * max(0, args.train_steps - 1 - i) for i, b in enumerate(widths)) if args.entropy else 0
         lines |= {"children per image": f"{rows} on {len(training)} steps: {' '.join(map(str, widths))}"}
-    states = samples * len(training) + kept if args.branching == "trunk" else samples * parents
+    kept = anchor_count(args, widths)
+    states, reference = samples * parents + kept, samples * parents * needs_reference(args) + kept
+    # x_t, o_old, o_ref and z of the levels, the same again in one piece for the update, the leaves and epoch_batch's noise
+    latents = 2 * (2 * states + samples * children) + reference + states * bool(reference) + samples * (nodes + args.steps + 1)
     return lines | {
-        "network evaluations per epoch": f"{samples * calls * passes} in the rollout ({samples * (calls + rows) * passes} if parents were evaluated again), {states * passes * args.inner_epochs} with gradient, {samples * (parents + tails) * passes * needs_reference(args)} of the reference",
+        "network evaluations per epoch": f"{samples * calls * passes} in the rollout ({samples * (calls + rows) * passes} if parents were evaluated again), {states * passes * args.inner_epochs} with gradient, {(reference + samples * tails) * passes} of the reference",
         "decodes and reward evaluations per epoch": f"{samples * nodes} images",
         "training rows per epoch": f"{samples * children}",
+        "memory for the rollout": common.rollout_memory(args, latents, f"{latents} latents: noise, leaves, and twice states, outputs and draws"),
     }
 
 
 def needs_reference(args) -> bool:
-    return bool(args.kl != "none" and args.beta or args.anchor_beta or args.entropy or args.loss == "rsm")
+    """At the states with children, that is; anchors need it always."""
+    return bool(args.kl != "none" and args.beta or args.entropy or args.loss == "rsm")
 
 
 def anchor_steps(args, widths: list[int]) -> list[int]:
     """Steps without children at which the trunk's states carry a KL; never the last one."""
     return [i for i in range(min(args.train_steps, args.steps - 1)) if not widths[i]] if args.anchor_beta else []
+
+
+def anchor_count(args, widths: list[int]) -> int:
+    """Anchors of an epoch, over all processes."""
+    samples = args.num_prompts * args.group_size
+    every = samples * len(anchor_steps(args, widths))
+    return every if args.anchor_max_ratio is None else int(min(every, args.anchor_max_ratio * samples * sum(widths)))
 
 
 # ---- method: pure functions of tensors ------------------------------------------------------------------------------
@@ -210,6 +244,8 @@ def parse_profile(text: str, train_steps: int, steps: int) -> list[int]:
         if not 0 <= i < steps or b < 0 or b and i >= train_steps:
             raise common.UsageError(f"--profile {text}: {b} children at step {i} is impossible; the grid has {steps} steps, of which {train_steps} are trained")
         widths[i] = b
+    if len({i for i, _ in pairs}) < len(pairs):
+        raise common.UsageError(f"--profile {text} names a step twice; give every step once")
     if not any(widths):
         raise common.UsageError(f"--profile {text} has no children at all; at least one step needs some")
     return widths
@@ -230,6 +266,8 @@ def named_profile(args, sigma: list[float] | None) -> list[int] | None:
         total = round(7.5 * (before_last - inactive)) if args.profile == "lowsnr" else 6 * before_last
     if sigma is None and power:
         return None
+    if sigma and (silent := [i for i in range(before_last - inactive) if sigma[i] < common.MIN_SIGMA]):
+        raise common.UsageError(f"--profile {args.profile} has children at step {silent[0]}, which has no noise with kernel {args.kernel}; raise --profile-inactive")
     widths = make_profile(sigma or [1.0] * args.steps, power, total, inactive)
     least = 2 if args.grouping == "seed" or args.group_size < 2 else 1
     if min(widths[: before_last - inactive]) < least:
@@ -282,14 +320,22 @@ def pcpo_grid(grid: common.Grid, big_w: float) -> common.Grid:
     return dataclasses.replace(grid, sigma=sigma, o_coef=-c1 + (grid.nu_s**2 - sigma**2).sqrt())
 
 
+def sde_grids(scheduler, args) -> tuple[common.Grid, common.Grid]:
+    """The kernel's own grid, and the one that children are drawn with."""
+    native = common.make_grid(scheduler, args.kind, args.steps, args.kernel, args.noise_level)
+    pcpo = args.reweight == "pcpo" and args.kind == "eps" and args.pcpo_w
+    return native, pcpo_grid(native, args.pcpo_w) if pcpo else native
+
+
 @dataclass
 class Level:
-    """Step i of all N images: P = N M states, each with B children (M = 1 on a trunk, B = 0 where only an anchor is)."""
+    """Step i: P states, each with B children.  On a trunk P = N images, or those that have an anchor here, and B = 0."""
 
     x_t: torch.Tensor  # (P, C, h, w)
     o_old: torch.Tensor
-    o_ref: torch.Tensor | None
+    o_ref: torch.Tensor | None  # None where nothing needs it
     z: torch.Tensor  # (P, B, C, h, w)
+    image: torch.Tensor  # (P,) local index
     value: torch.Tensor | None = None  # (P, B) mean reward of the leaves below each child
 
 
@@ -300,17 +346,18 @@ def branch_noise(args, epoch: int, i: int, indices, count: int, shape, device) -
     return torch.stack(draws).to(device)
 
 
-def evaluate_states(policy, grid, args, x, cond, i: int, reference: bool):
-    """o and, where asked, o_ref at the states x (P, C, h, w) of step i, in micro-batches."""
-    o, o_ref = torch.empty_like(x), torch.empty_like(x) if reference else None
+def evaluate_states(policy, grid, args, x, cond, i: int) -> torch.Tensor:
+    """o at the states x (P, C, h, w) of step i, in micro-batches."""
+    o = torch.empty_like(x)
     for start in range(0, len(x), args.micro_batch_size):
         rows = slice(start, start + args.micro_batch_size)
-        time = grid.time(i, len(x[rows]), x.device)
-        o[rows] = policy.predict(x[rows], time, cond[rows], args.cfg)
-        if reference:
-            with policy.reference():
-                o_ref[rows] = policy.predict(x[rows], time, cond[rows], args.cfg)
-    return o, o_ref
+        o[rows] = policy.predict(x[rows], grid.time(i, len(x[rows]), x.device), cond[rows], args.cfg)
+    return o
+
+
+def evaluate_reference(policy, grid, args, x, cond, i: int) -> torch.Tensor:
+    with policy.reference():
+        return evaluate_states(policy, grid, args, x, cond, i)
 
 
 def log_ratio_to_ref(grid, args, i: int, o, o_ref, z) -> torch.Tensor:
@@ -320,17 +367,25 @@ def log_ratio_to_ref(grid, args, i: int, o, o_ref, z) -> torch.Tensor:
 
 
 @torch.no_grad()
-def trunk_rollout(policy, sde, ode, batch, widths, args, epoch, bar):
-    """ODE trunks with one-step children -> {step: Level}, {step: (x_0 (N B, ...), entropy cost (N, B))}."""
+def trunk_rollout(policy, sde, ode, batch, widths, args, epoch, bar, anchored=None):
+    """ODE trunks with one-step children -> {step: Level}, {step: (x_0 (N B, ...), entropy cost (N, B))}.
+
+    `anchored`: the (sample index, step) pairs that are anchors in this epoch; None = all images at all anchor steps.
+    """
     device, shape = batch.noise.device, policy.latent_shape
     anchors, wanted = anchor_steps(args, widths), [i for i, b in enumerate(widths) if b]
     x, levels, leaves = batch.noise[:, 0], {}, {}
     for i in range(max([*wanted, *anchors]) + 1):
-        reference = needs_reference(args) and (i in wanted or i in anchors)
-        o, o_ref = evaluate_states(policy, ode, args, x, batch.cond, i, reference)
-        if i in wanted or i in anchors:
-            z = branch_noise(args, epoch, i, batch.indices, widths[i], shape, device)
-            levels[i] = Level(x, o, o_ref, z)
+        o = evaluate_states(policy, ode, args, x, batch.cond, i)
+        image = torch.arange(len(x) if i in wanted or i in anchors else 0)
+        if i in anchors and anchored is not None:
+            image = torch.tensor([n for n, index in enumerate(batch.indices) if (index, i) in anchored], dtype=torch.long)
+        if len(image):
+            x_t, cond, indices = x[image], batch.cond[image], [batch.indices[n] for n in image]
+            reference = needs_reference(args) or i in anchors
+            o_ref = evaluate_reference(policy, ode, args, x_t, cond, i) if reference else None
+            z = branch_noise(args, epoch, i, indices, widths[i], shape, device)
+            levels[i] = Level(x_t, o[image], o_ref, z, image)
         x = ode.mu(x, o, i)
         bar.update(1)
     for i in wanted:
@@ -340,12 +395,13 @@ def trunk_rollout(policy, sde, ode, batch, widths, args, epoch, bar):
         cost = torch.zeros(level.z.shape[:2], device=device)
         for j in range(i + 1, ode.steps):  # all children of all images in one batch
             stochastic = args.tail == "sde" and j < args.train_steps and sde.sigma[j] >= common.MIN_SIGMA
-            o, o_ref = evaluate_states(policy, ode, args, x, cond, j, bool(args.entropy) and stochastic)
+            o = evaluate_states(policy, ode, args, x, cond, j)
             if stochastic:
                 z = branch_noise(args, epoch, f"{i}/{j}", batch.indices, widths[i], shape, device).flatten(0, 1)
-                x = sde.mu(x, o, j) + sde.at(sde.sigma, j, x) * z
                 if args.entropy:
+                    o_ref = evaluate_reference(policy, ode, args, x, cond, j)
                     cost += log_ratio_to_ref(sde, args, j, o, o_ref, z[:, None]).view_as(cost)
+                x = sde.mu(x, o, j) + sde.at(sde.sigma, j, x) * z
             else:
                 x = ode.mu(x, o, j)
         bar.update(1)
@@ -358,13 +414,14 @@ def tree_rollout(policy, sde, ode, batch, widths, args, epoch, bar):
     """Stochastic trees -> {step: Level} and the leaves (N L, C, h, w)."""
     x, nodes, levels = batch.noise[:, 0], 1, {}
     for i in range(sde.steps):
-        cond = batch.cond[torch.arange(len(batch.noise)).repeat_interleave(nodes)]
-        stochastic = widths[i] and sde.sigma[i] >= common.MIN_SIGMA
-        o, o_ref = evaluate_states(policy, ode, args, x, cond, i, bool(stochastic) and needs_reference(args))
-        if stochastic:
+        image = torch.arange(len(batch.noise)).repeat_interleave(nodes)
+        cond = batch.cond[image]
+        o = evaluate_states(policy, ode, args, x, cond, i)
+        if widths[i] and sde.sigma[i] >= common.MIN_SIGMA:
+            o_ref = evaluate_reference(policy, ode, args, x, cond, i) if needs_reference(args) else None
             z = branch_noise(args, epoch, i, batch.indices, nodes * widths[i], policy.latent_shape, x.device)
             z = z.view(-1, widths[i], *policy.latent_shape)
-            levels[i] = Level(x, o, o_ref, z)
+            levels[i] = Level(x, o, o_ref, z, image)
             x, nodes = (sde.mu(x, o, i)[:, None] + sde.at(sde.sigma, i, z) * z).flatten(0, 1), nodes * widths[i]
         else:
             x = ode.mu(x, o, i)
@@ -388,18 +445,19 @@ def main(args):
     policy = common.Policy(args, run)
     params = common.add_lora(policy, args)
     reward, more = rewards.load_args(args, run.device)
-    native = common.make_grid(policy.pipe.scheduler, policy.kind, args.steps, args.kernel, args.noise_level)
+    native, sde = sde_grids(policy.pipe.scheduler, args)
     ode = common.make_grid(policy.pipe.scheduler, policy.kind, args.steps, "ode", 0.0)
-    sde = pcpo_grid(native, args.pcpo_w) if args.reweight == "pcpo" and policy.kind == "eps" and args.pcpo_w else native
     trainable = common.policy_steps(sde, args.train_steps)
     widths = args.widths or named_profile(args, sde.sigma.tolist())
-    if args.branching == "tree":
-        widths = [b if i in trainable else 0 for i, b in enumerate(widths)]
-    if without := [i for i, b in enumerate(widths) if b and i not in trainable]:
-        raise common.UsageError(f"--profile has children at step {without[0]}, which has no noise with kernel {args.kernel}; leave it out")
+    branching = args.splits if args.branching == "tree" else [i for i, b in enumerate(widths) if b]
+    if without := [i for i in branching if i not in trainable]:
+        flag = "--tree-splits splits" if args.branching == "tree" else "--profile has children"
+        raise common.UsageError(f"{flag} at step {without[0]}, which has no noise with kernel {args.kernel}; leave it out")
+    widths = [b if i in trainable else 0 for i, b in enumerate(widths)]  # a tree goes on without noise there
+    check_states(args, widths)
     if run.is_main and args.branching == "trunk":
         print(f"children per step: {' '.join(map(str, widths))}")
-    with_children = [i for i, b in enumerate(widths) if b]
+    with_children, anchors = [i for i, b in enumerate(widths) if b], anchor_steps(args, widths)
     mean_width = sum(widths) / len(with_children)
     weights = pcpo_weights(native, with_children if policy.kind == "flow" else trainable)
     optimiser = common.Optimiser(args, run, params)
@@ -412,12 +470,13 @@ def main(args):
         # ---- 1 rollout ----------------------------------------------------------------------------------------------
         recorder.phase()
         batch = common.epoch_batch(policy, args, run, epoch)
+        anchored = kept_anchors(args, run, epoch, anchors, sum(widths))
         bar = tqdm(desc="rollout", leave=False, disable=not run.is_main or None)
         if args.branching == "tree":
             levels, ends = tree_rollout(policy, sde, ode, batch, widths, args, epoch, bar)
             leaves = {-1: (ends, None)}
         else:
-            levels, leaves = trunk_rollout(policy, sde, ode, batch, widths, args, epoch, bar)
+            levels, leaves = trunk_rollout(policy, sde, ode, batch, widths, args, epoch, bar, anchored)
         bar.close()
 
         # ---- 2 reward -----------------------------------------------------------------------------------------------
@@ -448,25 +507,28 @@ def main(args):
         z, adv, equal = (torch.cat(c) for c in zip(*children))  # a row per child, in the order of the states
         every = list(levels.values())  # x_t, o_old, o_ref, step, width, sample: a row per state
         x_t, o_old = torch.cat([level.x_t for level in every]), torch.cat([level.o_old for level in every])
-        o_ref = torch.cat([level.o_ref for level in every]) if needs_reference(args) else None
+        o_ref = None
+        if needs_reference(args) or anchors:
+            o_ref = torch.cat([torch.full_like(v.x_t, torch.nan) if v.o_ref is None else v.o_ref for v in every])
         count = torch.tensor([len(level.x_t) for level in every])
-        nodes = dict(zip(levels, (count // len(batch.prompts)).tolist()))  # states per image
         step, width = (torch.tensor(v).repeat_interleave(count) for v in (list(levels), [level.z.shape[1] for level in every]))
-        sample = torch.cat([torch.arange(len(batch.prompts)).repeat_interleave(m) for m in nodes.values()])
+        sample = torch.cat([level.image for level in every])
         first_child = width.cumsum(0) - width
-        first_parent = dict(zip(levels, (count.cumsum(0) - count).tolist()))
+        states = {}  # (image, step): its rows; none where an anchor is left out
+        for p, key in enumerate(zip(sample.tolist(), step.tolist())):
+            states.setdefault(key, []).append(p)
 
         # ---- 4 update -----------------------------------------------------------------------------------------------
         recorder.phase()
         stats, norms, checked = common.Stats(means, tops), [], False
-        anchored = kept_anchors(args, run, epoch, [i for i in levels if not widths[i]], sum(widths))
-        for update, part in enumerate(common.epoch_updates(args, run, list(levels), epoch)):
-            # the states of each (image, step), without the anchors that are left out
-            part = [(n, i) for n, i in part.tolist() if widths[i] or anchored is None or (batch.indices[n], i) in anchored]
-            mine = torch.tensor([first_parent[i] + n * nodes[i] + m for n, i in part for m in range(nodes[i])], dtype=torch.long)
+        for update, part in enumerate(common.epoch_updates(args, run, sorted(with_children + anchors), epoch)):
+            mine = torch.tensor([p for n, i in part.tolist() for p in states.get((n, i), [])], dtype=torch.long)
             family = [torch.arange(first_child[p], first_child[p] + width[p]) for p in mine]
             count = {"rows": float(sum((~equal[f]).sum() for f in family)), "anchors": float((width[mine] == 0).sum())}
-            count = {k: max(1.0, v) for k, v in common.all_reduce(count, run).items()}
+            count = common.all_reduce(count | {"states": float(len(mine))}, run)
+            if not count["states"]:  # anchors only, which are all left out
+                continue
+            count = {k: max(1.0, v) for k, v in count.items()}
             for rows in common.micro_batches(torch.arange(len(mine)), args.micro_batch_size, run, f"update {update + 1}"):
                 p = mine[rows]
                 o = policy.predict(x_t[p], ode.time(step[p], len(p), run.device), batch.cond[sample[p]], args.cfg)
@@ -502,19 +564,20 @@ def main(args):
                 elif args.reweight == "tempflow":
                     loss = loss * gamma
                 if args.fair_clip == "guard":
-                    loss = loss * sigma / dt
+                    loss, gamma, c2 = loss * sigma / dt, gamma * sigma / dt, c2 * sigma / dt
                 # 4c: + KL, anchors, gradients
                 kl, values, anchor = torch.zeros_like(loss), {}, torch.zeros(0, device=run.device)
                 if o_ref is not None:
-                    drift = o - o_ref[p]
-                    here = common.kl_divergence(sde.at(sde.w, step[p], o) * drift, args.logprob_reduce)
+                    known = slice(None) if needs_reference(args) else width[p] == 0  # else only anchors have o_ref
+                    drift = o[known] - o_ref[p[known]]
+                    here = common.kl_divergence(sde.at(sde.w, step[p[known]], o) * drift, args.logprob_reduce)
                     values["kl/ref"] = here
-                    if args.kl != "none":
+                    if args.kl != "none" and needs_reference(args):
                         kl = here[own] * (dt if args.kl == "heuristic" else 1.0)
                     anchor = here * mean_width
                     if args.anchor_form == "pcpo":
                         anchor = 0.5 * (args.pcpo_w or 1.0) ** 2 * common.reduce_latent(drift**2, "mean")
-                    anchor = anchor[width[p] == 0]
+                    anchor = anchor[width[p[known]] == 0]
                 row = loss + args.beta * kl
                 if args.loss == "rsm":
                     open_row = loss.detach() > 0
@@ -546,7 +609,7 @@ def kept_anchors(args, run, epoch: int, steps: list[int], rows: int) -> set | No
     samples = args.num_prompts * args.group_size
     pairs = [(n, i) for n in range(samples) for i in steps]
     order = torch.randperm(len(pairs), generator=common.generator("anchors", args.seed, epoch)).tolist()
-    return {pairs[j] for j in order[: int(args.anchor_max_ratio * samples * rows)]}
+    return {pairs[j] for j in order[: int(min(len(pairs), args.anchor_max_ratio * samples * rows))]}
 
 
 if __name__ == "__main__":

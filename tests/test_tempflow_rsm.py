@@ -11,6 +11,7 @@ import functools
 import math
 import os
 import re
+import socket
 import subprocess
 import sys
 from contextlib import contextmanager
@@ -78,12 +79,16 @@ def kernel(kind, steps, level=None, big_w=0.0):
         room = torch.where(t < 1, 1 - t, 1 - scheduler.sigmas[1].double())
         g2 = (0.7 if level is None else level) ** 2 * t / room
         bk, sigma = -dt * (1 + (1 - t) * g2 / (2 * t)), (g2 * dt).sqrt()
+        b = dt * (t / (1 - t) + g2 / 2)  # infinite at t = 1
 
         def ode(x, v, i):
             return x - dt[i] * v
 
         def mean(x, v, i):
             return x - dt[i] * (v + g2[i] / (2 * t[i]) * (x + (1 - t[i]) * v))
+
+        def score(x, v, i):
+            return -(x + wide(1 - t[i]) * v) / wide(t[i])
     else:
         settings = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1)
         scheduler = DDIMScheduler(**settings, set_alpha_to_one=False, timestep_spacing="leading")
@@ -98,6 +103,7 @@ def kernel(kind, steps, level=None, big_w=0.0):
         if big_w:  # PCPO's sampler, plus root
             sigma = (big_w * c1 + ((1 - to) * (big_w**2 + 1) - c1**2).sqrt()) / (big_w**2 + 1)
         bk = -(c1 - (1 - to - sigma**2).sqrt())
+        b = -(1 - at).sqrt() * bk
 
         def ode(x, e, i):
             return (to[i] / at[i]).sqrt() * (x - (1 - at[i]).sqrt() * e) + (1 - to[i]).sqrt() * e
@@ -105,7 +111,11 @@ def kernel(kind, steps, level=None, big_w=0.0):
         def mean(x, e, i):
             return (to[i] / at[i]).sqrt() * (x - (1 - at[i]).sqrt() * e) + (1 - to[i] - sigma[i] ** 2).sqrt() * e
 
-    return SimpleNamespace(kind=kind, steps=steps, t=t, dt=dt, bk=bk, sigma=sigma, w=-bk / sigma, ode=ode, mean=mean)
+        def score(x, e, i):
+            return -e / wide(1 - at[i]).sqrt()
+
+    shared = dict(kind=kind, steps=steps, t=t, dt=dt, sigma=sigma, ode=ode, mean=mean)
+    return SimpleNamespace(**shared, b=b, bk=bk, w=-bk / sigma, score=score)
 
 
 def wide(v):
@@ -161,6 +171,8 @@ ROWS = [
     ("guard", "none"),
     ("none", "sigma2"),
     ("none", "guard"),
+    ("tempflow", "sigma2"),
+    ("tempflow", "guard"),
 ]
 
 
@@ -205,6 +217,76 @@ def test_every_row_of_table_1_has_the_gradient_of_eq_10(loss, reweight, fair, na
     assert relative(ours, expected) < 1e-8
     (kl_only,) = torch.autograd.grad(beta * kl.sum(), o)
     assert relative(ours[~is_open], kl_only[~is_open]) < 1e-8  # a closed row keeps its KL and nothing else
+
+
+def eq10(score, score_ref, score_old, c1, guidance, c2):
+    """C1 (||S - (S_ref + gamma Psi)||^2 + C2 ||S - S_old||^2), (R,)."""
+    square = lambda x: (x**2).flatten(1).sum(1)  # noqa: E731
+    return c1 * (square(score - (score_ref + guidance)) + c2 * square(score - score_old))
+
+
+def ppo_rows(a, ratio, xi):
+    return ~((a > 0) & (ratio > 1 + xi) | (a < 0) & (ratio < 1 - xi))
+
+
+# method: (the script's loss per row, the estimator's A, gamma, beta C2, open rows) of the rows r
+E5 = {
+    "reinforce": lambda r: (grpo.reinforce_loss(r.adv, r.lam), r.adv, r.one, 0 * r.adv, r.adv == r.adv),
+    "ppo": lambda r: (
+        tempflow.clipped_loss(r.adv, r.lam, r.xi), r.ra, r.one, r.ra, ppo_rows(r.adv, r.ratio, r.xi)),
+    "grpo": lambda r: (grpo.clipped_loss(r.adv, r.lam, r.xi), r.ra, r.one, r.ra, ppo_rows(r.adv, r.ratio, r.xi)),
+    "epg": lambda r: (grpo.epg_loss(r.adv, r.lam), r.ra, r.one, r.ra, r.adv == r.adv),
+    "pcpo-base": lambda r: (
+        tempflow.hinge_loss(r.adv, r.lam, r.xi), r.adv, r.one, r.adv, r.adv * r.lam < r.xi * r.adv.abs()),
+    "pcpo": lambda r: (
+        tempflow.hinge_loss(r.adv, r.lam_w, r.xi), r.adv, r.gamma, r.gamma**2 * r.adv,
+        r.adv * r.lam_w < r.xi * r.adv.abs()),
+    "tempflow": lambda r: (
+        2.25 * r.sigma * tempflow.clipped_loss(r.adv, r.lam, r.xi), r.ra, 2.25 * r.sigma, 2.25 * r.sigma * r.ra,
+        ppo_rows(r.adv, r.ratio, r.xi)),
+    "guard": lambda r: (
+        tempflow.clipped_loss(r.adv, r.cross, r.xi) / r.dt, r.adv * r.cross.exp().detach(), r.sigma / r.dt, 0 * r.adv,
+        ppo_rows(r.adv, r.cross.exp(), r.xi)),
+    "fair": lambda r: (
+        tempflow.hinge_loss(r.adv, r.lam, r.xi / r.sigma**2) * r.sigma / r.dt, r.adv, r.sigma / r.dt,
+        r.sigma / r.dt * r.adv, r.adv * r.lam * r.sigma**2 < r.xi * r.adv.abs()),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("grid", ["flow", "eps", "pcpo"])
+@pytest.mark.parametrize("method", E5)
+def test_every_zeroth_order_row_is_eq_10_in_scores(method, grid):
+    """G25 as E.5 has it: C1 = beta b^2 / 2 sigma^2, Psi = sigma A z / (beta b), sum reduction.  "pcpo" is the flow's
+    zeta dt or SD1.5's constant for w; on the grid "pcpo" the other rows are E.5's 'with sigma~, b~' (gamma 1)."""
+    native, k = (sd35_grid() if grid == "flow" else sd15_grid()), KERNELS[grid]
+    ours = tempflow.pcpo_grid(native, 4.5) if grid == "pcpo" else native
+    table = -tempflow.pcpo_weights(native, list(range(9 if grid == "flow" else 50)))
+    close(table, pcpo_w(k), 1e-9)
+    rows, beta = 80, 0.3
+    draw = lambda *shape: torch.randn(shape, dtype=F64)  # noqa: E731
+    i = torch.randint(1 if grid == "flow" else 0, k.steps, (rows,))  # b is infinite at the flow's t = 1
+    x, o_ref, o_old, z = (draw(rows, 3, 4, 2) for _ in range(4))
+    o = o_old if method == "reinforce" else o_old + 0.02 * draw(rows, 3, 4, 2) / wide(k.w[i])
+    o = o.detach().clone().requires_grad_()
+    r = SimpleNamespace(adv=draw(rows), one=torch.ones(rows, dtype=F64), sigma=ours.sigma[i], dt=ours.dt[i])
+    moved = wide(ours.w[i]) * (o - o_old)
+    r.lam, r.cross = common.log_ratio(moved, z, "sum"), common.reduce_latent(moved * z, "sum") * r.sigma
+    r.lam_w, r.gamma = common.log_ratio(wide(-table[i]) * (o - o_old), z, "sum"), table[i] / k.w[i]
+    r.ratio = r.lam.exp().detach()
+    r.ra = r.adv * r.ratio
+    scale = {"guard": r.cross, "fair": r.lam * r.sigma**2, "pcpo": r.lam_w}.get(method, r.lam)
+    r.xi = 1.001 * scale.detach().abs().median().item()
+    loss, a, gamma, c2, is_open = E5[method](r)
+    if method not in ("reinforce", "epg"):
+        assert 5 < (~is_open).sum() < rows - 5
+    loss = loss + beta * common.kl_divergence(wide(ours.w[i]) * (o - o_ref), "sum")
+
+    c1 = beta * k.b[i] ** 2 / (2 * k.sigma[i] ** 2)
+    psi = wide(is_open * a * k.sigma[i] / (beta * k.b[i])) * z
+    rsm = eq10(*(k.score(x, out, i) for out in (o, o_ref, o_old)), c1, wide(gamma) * psi, is_open * c2 / beta)
+    grads = [torch.autograd.grad(v.sum(), o, retain_graph=True)[0] for v in (loss, rsm)]
+    gap, size = ((v.flatten(1)).norm(dim=1) for v in (grads[0] - grads[1], grads[1]))
+    assert (gap <= 1e-8 * size).all() and (size > 0).all()
 
 
 def test_eq_10_without_reward_is_minimal_at_the_reference():
@@ -352,6 +434,51 @@ def test_named_profiles_fit_any_grid():
     assert sparse == [4 if i % 10 == 0 else 0 for i in range(50)]
 
 
+def test_widths_are_known_before_any_weight_is_read(tmp_path, monkeypatch, capsys):
+    for model, kind in (("tiny-sd35", "flow"), ("tiny-sd15", "eps")):
+        args = parse("--model", model, "--steps 10 --profile equalvar")
+        assert args.widths == tempflow.named_profile(args, kernel(kind, 10).sigma.tolist())
+    args = parse("--model tiny-sd15 --steps 10 --profile lowsnr --loss hinge --reweight pcpo --pcpo-w 30")
+    assert args.widths == tempflow.named_profile(args, kernel("eps", 10, big_w=30.0).sigma.tolist())
+    with pytest.raises(SystemExit):  # its sampler has no real sigma~ here
+        parse("--model tiny-sd15 --steps 10 --profile lowsnr --loss hinge --reweight pcpo")
+    assert "--pcpo-w 4.5" in capsys.readouterr().err
+    # a model of the hub: from the scheduler's configuration, where that is in the cache
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    flags = "--preset tiny --model sd3.5-medium --profile lowsnr"
+    lines = dry_run(flags, capsys)
+    assert "when it is loaded" in lines["children"] and "training rows per epoch" not in lines
+    repo = tmp_path / f"models--{common.MODELS['sd3.5-medium'][0].replace('/', '--')}"
+    (repo / "snapshots" / "abc" / "scheduler").mkdir(parents=True)
+    (repo / "refs").mkdir()
+    (repo / "refs" / "main").write_text("abc")
+    FlowMatchEulerDiscreteScheduler(shift=3.0).save_pretrained(repo / "snapshots" / "abc" / "scheduler")
+    lines = dry_run(flags, capsys)
+    assert lines["children per image"] == "30 on 4 steps: 6 6 8 10 0 0 0 0 0 0"
+    assert lines["training rows per epoch"] == "120" and "120 latents" not in lines["memory for the rollout"]
+    assert " GB over all processes (" in lines["memory for the rollout"]
+
+
+def test_a_profile_that_is_known_late_is_checked_before_training(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempflow, "find_scheduler", lambda args: None)
+    monkeypatch.setattr(common, "epoch_batch", lambda *a: pytest.fail("a rollout began"))
+    args = parse("--profile equalvar --updates-per-epoch 7 --runs", tmp_path)
+    assert args.widths is None
+    with pytest.raises(common.UsageError, match="--updates-per-epoch 7 is more than the 6 states"):
+        tempflow.main(args)
+
+
+def test_a_split_at_a_step_without_noise_is_refused(tmp_path):
+    tree = "--kernel ancestral --train-fraction 1 --branching tree --tree-splits"
+    with pytest.raises(common.UsageError, match="--tree-splits splits at step 3, which has no noise"):
+        tempflow.main(parse(tree, "0,3 --runs", tmp_path))
+
+
+def test_base_profile_holds_227_latents_an_image(capsys):
+    lines = dry_run("--preset tiny", capsys)
+    assert f"({4 * 227} latents: " in lines["memory for the rollout"]
+
+
 def dry_run(flags, capsys):
     with pytest.raises(SystemExit) as stop:
         tempflow.parse_args([*flags.split(), "--dry-run"])
@@ -447,7 +574,6 @@ WRONG = [
     ("--beta -1", "negative"),
     ("--loss rsm --kl none", "--kl true"),
     ("--loss rsm --beta 0", "--beta"),
-    ("--loss rsm --fair-clip guard --reweight none", "hinge"),
     ("--loss ppo --reweight pcpo", "hinge"),
     ("--fair-clip guard --reweight guard", "--reweight guard"),
     ("--fair-clip sigma2 --reweight pcpo --loss hinge", "--reweight pcpo"),
@@ -461,6 +587,18 @@ WRONG = [
     ("--kernel ode", "deterministic"),
     ("--tail both", "--tail"),
     ("--profile 2,2 --updates-per-epoch 40", "--updates-per-epoch 40"),
+    ("--profile base --updates-per-epoch 7", "the 6 states"),
+    ("--profile equalvar --updates-per-epoch 7", "the 6 states"),
+    ("--profile 2 --anchor-beta 1 --updates-per-epoch 7", "the 6 states"),
+    ("--profile 2 --anchor-beta 1 --anchor-max-ratio 0.5 --updates-per-epoch 5", "the 4 states"),
+    ("--branching tree --tree-splits 0 --updates-per-epoch 7", "the 6 states"),
+    ("--profile equalvar --profile-power nan", "--profile-power nan"),
+    ("--profile equalvar --profile-power 1e6", "between -10 and 10"),
+    ("--profile base --profile-power=-inf", "--profile-power -inf"),
+    ("--profile equalvar --profile-power 10", "fewer than 2 children"),
+    ("--profile 0:4,0:2", "names a step twice"),
+    ("--profile 3,2,0:4", "names a step twice"),
+    ("--profile equalvar --noise-level 1e-7", "no noise"),
 ]
 
 
@@ -739,6 +877,9 @@ TAPES = {  # name: flags
     "rsm tempflow": "--loss rsm --reweight tempflow",
     "rsm pcpo": "--loss rsm --reweight pcpo",
     "rsm guard": "--loss rsm --reweight guard --clip-range 1e-4",
+    "rsm fair sigma2": "--loss rsm --reweight none --fair-clip sigma2 --profile 3,2 --anchor-beta 0.7"
+    " --clip-range 2.5e-4",
+    "rsm fair guard": "--loss rsm --reweight tempflow --fair-clip guard --clip-range 1e-4",
     "sd15 redesign": "--model tiny-sd15 --steps 5 --loss hinge --reweight pcpo --pcpo-w 30 --kl none --grouping prompt"
     " --profile 0:3,3:2 --anchor-beta 0.5 --anchor-form pcpo --anchor-max-ratio 0.2 --clip-range 1e-3",
     "sd15 native": "--model tiny-sd15 --loss hinge --reweight pcpo --pcpo-w 0 --grouping prompt --profile 0:2,2:3"
@@ -960,6 +1101,11 @@ def test_dry_run_counts_what_a_run_asks_for(tape, name):
     assert int(lines["training rows per epoch"]) == sum(
         level.z.shape[0] * level.z.shape[1] for level in run.levels.values()
     )
+    levels, any_ref = run.levels.values(), any(level.o_ref is not None for level in run.levels.values())
+    held = sum(2 * (2 * len(v.x_t) + v.z.shape[0] * v.z.shape[1]) + len(v.x_t) * any_ref for v in levels)
+    held += sum(len(v.o_ref) for v in levels if v.o_ref is not None)
+    held += images + run.args.num_prompts * run.args.group_size * (run.args.steps + 1)
+    assert f"({held} latents: " in lines["memory for the rollout"]
 
 
 def test_children_of_one_step_have_the_rewards_of_their_own_images(tape):
@@ -1012,6 +1158,22 @@ def test_a_tree_without_splits_has_grpos_gradient(folder, monkeypatch, loss):
         assert gap < tolerance * norm
 
 
+def test_every_active_step_weighs_the_same_whatever_its_width(folder, monkeypatch):
+    """G26: one backward pass per state; with a loss of 1 per child it is the state's total weight."""
+    monkeypatch.setattr(tempflow, "hinge_loss", lambda adv, log_ratio, clip_range: 1 + 0 * log_ratio)
+    weights, backward = [], common.Optimiser.backward
+    monkeypatch.setattr(
+        common.Optimiser, "backward", lambda self, loss: weights.append(loss.item()) or backward(self, loss)
+    )
+    flags = f"{BASE} --profile 2,7,3 --loss hinge --reweight none --kl none --reward jpeg"
+    run = Tape(f"{flags} --micro-batch-size 1 --updates-per-epoch 1", folder, "weights")
+    assert run.metrics["adv/zero_std_frac"] == 0
+    times, total = kernel("flow", 4).t * 1000, torch.zeros(3, dtype=F64)
+    for (_, t, _, _), weight in zip(run.updates[0], weights, strict=True):
+        total[int((times - t).abs().argmin())] += weight
+    close(total, torch.full((3,), 1 / 3), 1e-6)
+
+
 def test_rewards_that_are_all_equal_move_nothing_and_crash_nothing(folder):
     run = Tape(f"{BASE} --beta 1", folder, "equal", fixed_reward=0.4)
     assert all((g == 0).all() for grads in run.grads for g in grads)  # not even the KL of these rows
@@ -1056,6 +1218,32 @@ def test_anchor_subset_in_a_run(tape):
     assert len(anchors) == 6 and 1 not in anchors  # 5 DDIM steps: 801 601 401 201 1
 
 
+def test_without_kl_only_the_kept_anchors_meet_the_reference(tape):
+    run = tape("sd15 redesign")
+    kept = tempflow.kept_anchors(run.args, None, 0, [1, 2], 5)
+    for i, level in run.levels.items():
+        if i in (0, 3):
+            assert level.o_ref is None and len(level.x_t) == 6
+        else:
+            assert level.image.tolist() == [n for n in range(6) if (n, i) in kept] and level.z.shape[1] == 0
+            assert len(level.x_t) == len(level.o_old) == len(level.o_ref) == len(level.image)
+            for n, x in zip(level.image.tolist(), level.x_t):
+                assert any((call.x == x).flatten(1).all(1).any() and call.off for call in run.calls), (n, i)
+    assert sum(len(call.x) for call in run.calls if call.off) == len(kept) == 6
+    assert run.metrics["kl/ref"] > 0 and run.metrics["loss/kl"] == 0 and run.metrics["loss/anchor"] > 0
+
+
+def test_an_update_of_dropped_anchors_only_is_no_update(folder):
+    flags = "--profile 2 --anchor-beta 0.1 --anchor-max-ratio 0 --updates-per-epoch 2 --name none"
+    run = SimpleNamespace(rank=0, world=1)
+    for seed in range(99):
+        args = parse(flags, "--seed", seed)
+        if sum((part[:, 1] == 0).any() for part in common.epoch_updates(args, run, [0, 1, 2], 0)) == 1:
+            break
+    run = Tape(f"{flags} --seed {seed}", folder, "none")
+    assert len(run.updates) == 1 and run.metrics["grad/norm"] > 0
+
+
 # ---- what runs, and what must not change a run ----------------------------------------------------------------------
 VARIANTS = [
     "--profile base --profile-total 8",
@@ -1079,9 +1267,9 @@ SAME += " --profile 3,0,2 --model tiny-sd15 --loss hinge --reweight none --fair-
 SAME += " --anchor-beta 0.1 --anchor-max-ratio 0.1 --epochs 2 --reward clipscore --reward-path tiny/clip"
 
 
-def start(folder, rank):
+def start(folder, rank, port):
     """One of two processes (what torchrun does, without its launcher)."""
-    env = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29733"}
+    env = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     env |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)}
     command = [
         sys.executable,
@@ -1099,7 +1287,10 @@ def start(folder, rank):
 
 @pytest.fixture(scope="module")
 def whole(folder):
-    processes = [start(folder, rank) for rank in range(2)]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    processes = [start(folder, rank, port) for rank in range(2)]
     tempflow.main(parse(SAME, "--runs", folder, "--name", "whole"))
     yield processes
     for process in processes:
