@@ -458,10 +458,11 @@ def other_denoiser(kind, folder):
     return net.eval()
 
 
+@pytest.mark.parametrize("denoiser", ["policy", "reference"])  # whichever it is: the model takes its place
 @pytest.mark.parametrize("jacobian", [True, False])
-def test_lookahead_model_denoises_alone_and_unguided(world, tmp_path, jacobian):
+def test_lookahead_model_denoises_alone_and_unguided(world, tmp_path, jacobian, denoiser):
     net = other_denoiser(world.kind, tmp_path).double()
-    g = world.guidance(guidance="lookahead", jacobian=jacobian, denoiser="reference", lookahead_model=str(tmp_path))
+    g = world.guidance(guidance="lookahead", jacobian=jacobian, denoiser=denoiser, lookahead_model=str(tmp_path))
     for n, i in ((0, 0), (1, 2), (2, 3)):
         same(g[n, i], world.truth(n, i, "lookahead", jacobian, net))
     assert (g[1, 1].double() - world.truth(1, 1, "lookahead", jacobian, "reference")).norm() > 0.05 * g[1, 1].norm()
@@ -1217,7 +1218,8 @@ WRONG = [
     ("--updates-per-epoch 5", "--updates-per-epoch"), ("--method sdf", "--method"), ("--guidance late", "--guidance"),
     ("--temporal sigma", "--temporal"),  # VGG-Flow's rollout is an ODE: sigma is 0, and so would be the guidance
     ("--value-net --train-fraction 0.67", "--value-net"),  # consistency of the last trained step needs the next one
-    ("--tiny-vae nowhere/at/all", "--tiny-vae"),
+    ("--tiny-vae nowhere/at/all", "--tiny-vae"), ("--tiny-vae prompts", "--tiny-vae prompts has no config.json"),
+    ("--method sqdf --lookahead-model tiny/sd15", "has no transformer/config.json"),
     ("--method sqdf --lookahead-model nowhere/at/all", "--lookahead-model"),
 ]  # fmt: skip
 
