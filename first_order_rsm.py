@@ -58,7 +58,7 @@ PRESETS = {
     "sqdf-sd15-aesthetic": dict(model="sd15", method="sqdf", reward="aesthetic", prompts="prompts/simple_animals.txt", num_prompts=64, group_size=1, step_every=50, last_step=False, guidance_clip=float("inf"), guidance_quantile=0.0, replay_size=1024, updates_per_epoch=1, lr=1e-3),
     # the embedded models: coloured shapes on a CPU, rewarded by a small CLIP (ours; docs/first_order_rsm.md)
     "tiny": TINY | dict(model="tiny-sd35", method="vgg-flow", scale=75.0, guidance="terminal", temporal="linear"),
-    "tiny-sd15": TINY | dict(model="tiny-sd15", method="residual-db", scale=50.0, guidance="terminal", temporal="constant", residual_scale="sigma", train_fraction=0.9),
+    "tiny-sd15": TINY | dict(model="tiny-sd15", method="residual-db", scale=50.0, guidance="terminal", temporal="constant", residual_scale="sigma", train_fraction=0.9, lr=1e-3),
 }
 METHODS = {  # guidance, temporal weight, scale, network Jacobian, denoiser of the look-ahead
     "vgg-flow": ("current", "quad", 3e7, False, "policy"),

@@ -58,7 +58,7 @@ VARIANTS |= {
     "rsm-equalvar": (RSM, branching("4,5,5,6,7,8,9,10,0", "4,5,5,5,6,7,9,13,0"), (40, 60)),
     "rsm-lowsnr": (RSM, branching("6,6,8,10", "7,7,8,8", anchors=True), (60, 80)),
 }
-FIRST = "first_order_rsm.py"  # its presets are the redesigns
+FIRST = "first_order_rsm.py --lr 4e-3"  # its presets are the redesigns
 VARIANTS |= {
     "vgg-flow": (f"{FIRST} --method vgg-flow --scale 150 --guidance current --temporal quad", {}, (60, 0)),
     "vgg-flow-rsm": (f"{FIRST} --method vgg-flow", {}, (120, 0)),
