@@ -64,6 +64,8 @@ VARIANTS |= {
     "vgg-flow-rsm": (f"{FIRST} --method vgg-flow", {}, (120, 0)),
     "residual-db": (f"{FIRST} --method residual-db --guidance lookahead --temporal alpha-bar --residual-scale none", {}, (0, 60)),
     "residual-db-rsm": (f"{FIRST} --method residual-db", {}, (0, 120)),
+    "residual-db-1e-3": ("first_order_rsm.py --lr 1e-3 --method residual-db --guidance lookahead --temporal alpha-bar --residual-scale none", {}, (0, 60)),
+    "residual-db-rsm-1e-3": ("first_order_rsm.py --lr 1e-3 --method residual-db", {}, (0, 120)),
     "sqdf": (f"{FIRST} --method sqdf --scale 1 --alpha 2.56 --residual-scale none --guidance lookahead --temporal gamma-discount", {}, (60, 60)),
     "sqdf-terminal": (f"{FIRST} --method sqdf --scale 1 --alpha 2.56 --residual-scale none --guidance terminal --temporal constant", {}, (120, 120)),
 }
@@ -258,7 +260,7 @@ def family_figure(rows, seconds, family, preset, path):
         if not runs:
             continue
         epochs, means, errors = zip(*mean_curve(runs))
-        style = dict(color=pyplot.cm.tab10(number), marker="osvD^<"[number], markersize=4, capsize=2, label=f"{variant} ({len(runs)})")
+        style = dict(color=pyplot.cm.tab10(number), marker="osvD^<>P"[number], markersize=4, capsize=2, label=f"{variant} ({len(runs)})")
         axes[0].errorbar([e * runs[0]["evaluations"] / 1000 for e in epochs], means, errors, **style)
         if cost := seconds.get(f"{preset} {variant}"):
             axes[1].errorbar([e * cost for e in epochs], means, errors, **style)
