@@ -125,13 +125,14 @@ def check(args):
         raise common.UsageError("--temporal sigma is 0 on vgg-flow's deterministic rollout; use linear, quad or constant")
     for name in ("tiny_vae", "lookahead_model"):
         if path := getattr(args, name):
+            flag, local = f"--{name.replace('_', '-')} {path}", Path(path).is_dir()
             file = "config.json" if name == "tiny_vae" else ("unet" if args.kind == "eps" else "transformer") + "/config.json"
-            if Path(path).is_dir() and not (Path(path) / file).is_file():
-                raise common.UsageError(f"--{name.replace('_', '-')} {path} has no {file}; give the folder of {'an AutoencoderTiny' if name == 'tiny_vae' else 'a pipeline of the type of --model'}")
-            if not Path(path).is_dir() and path.count("/") != 1:
-                raise common.UsageError(f"--{name.replace('_', '-')} {path} is neither a folder nor a hub id such as owner/name")
-            if not Path(path).is_dir():
-                common.require_hub(path, f"--{name.replace('_', '-')} {path}", file)
+            if local and not (Path(path) / file).is_file():
+                raise common.UsageError(f"{flag} has no {file}; give the folder of {'an AutoencoderTiny' if name == 'tiny_vae' else 'a pipeline of the type of --model'}")
+            if not local and path.count("/") != 1:
+                raise common.UsageError(f"{flag} is neither a folder nor a hub id such as owner/name")
+            if not local:
+                common.require_hub(path, flag, file)
     if args.value_net and args.train_steps != args.steps:
         raise common.UsageError(f"--value-net follows the value gradient to the end, and {args.train_steps} of {args.steps} steps are trained; use --train-fraction 1")
     if args.value_net and (args.method != "vgg-flow" or args.kind != "flow" or args.step_every != 1 or args.guidance != "current"):
@@ -172,12 +173,14 @@ def sizes(args) -> dict[str, str]:
     again = samples * rows * both * (1 if args.lookahead_model else passes) if asked else 0
     train = samples * rows * args.inner_epochs * passes * (2 if args.value_net or args.backward_coef else 1)
     scored = replayed + 1 if args.guidance == "terminal" else rows * both
+    kept = 4 + bool(args.backward_coef) + bool(args.backward_coef or args.flow_net) + bool(args.flow_net)  # see Rows
     return {
         "samples per epoch": f"{samples} = {args.num_prompts} prompts x {args.group_size}",
         "guidance": f"{args.guidance}, temporal weight {args.temporal}, scale {args.scale:g}",
         "network evaluations per epoch": f"{samples * (args.steps + replayed) * passes} in the rollout, {samples * (args.train_steps + replayed) * passes} of the reference, {again} in the reward gradient, {train} with gradient",
         "reward gradients per epoch": f"{samples * scored} images, through decoder and reward",
         "transitions per epoch": f"{samples * rows}, {samples * rows // args.updates_per_epoch} per update",
+        "memory for the rollout": common.rollout_memory(args, samples * (4 * args.steps + 1 + rows * kept), "states, noise, two outputs; the transitions with their guidance"),
     }
 
 

@@ -11,6 +11,7 @@ results/tempflow_PRESET.png and results/first_order_PRESET.png.
 
 import argparse
 import csv
+import functools
 import json
 import os
 import platform
@@ -25,7 +26,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 RELEASE = "--sampler-noise 0.4 --weight ghuber --train-timesteps 6 --train-fraction 0.9 --skip-first --adv-norm global --adv-scale 5 --clip-range 1 --ratio exp-each --offpolicy none --updates-per-epoch 1 --beta 0.003 --lag-coef 1 --sampler SASolverScheduler"
-VARIANTS = {  # name: command; flags of one preset only; epochs by preset (None: the preset's own; 0: not on this preset)
+LEARNING = {  # name: command; flags of one preset only; epochs by preset (None: the preset's own; 0: not on this preset)
     "vmpo-r2g-group": ("vmpo.py --potential r2g --mean group", {}, None),
     "vmpo-r2g-amortised": ("vmpo.py --potential r2g --mean time_prompt", {}, None),
     "vmpo-diff": ("vmpo.py --potential diff --mean group", {}, None),
@@ -47,29 +48,30 @@ RSM = f"{BRANCH} --loss hinge --reweight none --fair-clip guard"
 RSM_BETA = {"tiny": 0.35, "tiny-sd15": 0.25}
 
 
-def branching(tiny, sd15, anchors=False):
-    anchor = " --anchor-beta {0}" if anchors else ""
-    return {p: f"--profile {profile} --beta {RSM_BETA[p]}" + anchor.format(RSM_BETA[p]) for p, profile in (("tiny", tiny), ("tiny-sd15", sd15))}
+def branching(tiny, sd15, *more):
+    return {p: f"--profile {profile}" + "".join(f" {flag} {RSM_BETA[p]}" for flag in ("--beta", *more)) for p, profile in zip(PRESETS, (tiny, sd15))}
 
 
-VARIANTS |= {
+TEMPFLOW = {
     "tempflow": (BRANCH, dict.fromkeys(PRESETS, "--profile 6,6,6,6,6,6,6,6,6"), (40, 60)),
     "rsm-uniform": (RSM, branching(*["7,7,7,7,7,7,6,6,0"] * 2), (40, 60)),
     "rsm-equalvar": (RSM, branching("4,5,5,6,7,8,9,10,0", "4,5,5,5,6,7,9,13,0"), (40, 60)),
-    "rsm-lowsnr": (RSM, branching("6,6,8,10", "7,7,8,8", anchors=True), (60, 80)),
+    "rsm-lowsnr": (RSM, branching("6,6,8,10", "7,7,8,8", "--anchor-beta"), (60, 80)),
 }
 FIRST = "first_order_rsm.py --lr 4e-3"  # its presets are the redesigns
-VARIANTS |= {
+PRUNED_DB = "--method residual-db --guidance lookahead --temporal alpha-bar --residual-scale none"
+FIRST_ORDER = {
     "vgg-flow": (f"{FIRST} --method vgg-flow --scale 150 --guidance current --temporal quad", {}, (60, 0)),
     "vgg-flow-rsm": (f"{FIRST} --method vgg-flow", {}, (120, 0)),
-    "residual-db": (f"{FIRST} --method residual-db --guidance lookahead --temporal alpha-bar --residual-scale none", {}, (0, 60)),
+    "residual-db": (f"{FIRST} {PRUNED_DB}", {}, (0, 60)),
     "residual-db-rsm": (f"{FIRST} --method residual-db", {}, (0, 120)),
-    "residual-db-1e-3": ("first_order_rsm.py --lr 1e-3 --method residual-db --guidance lookahead --temporal alpha-bar --residual-scale none", {}, (0, 60)),
+    "residual-db-1e-3": (f"first_order_rsm.py --lr 1e-3 {PRUNED_DB}", {}, (0, 60)),
     "residual-db-rsm-1e-3": ("first_order_rsm.py --lr 1e-3 --method residual-db", {}, (0, 120)),
     "sqdf": (f"{FIRST} --method sqdf --scale 1 --alpha 2.56 --residual-scale none --guidance lookahead --temporal gamma-discount", {}, (60, 60)),
     "sqdf-terminal": (f"{FIRST} --method sqdf --scale 1 --alpha 2.56 --residual-scale none --guidance terminal --temporal constant", {}, (120, 120)),
 }
-FAMILIES = {"learning": list(VARIANTS)[:11], "tempflow": list(VARIANTS)[11:15], "first_order": list(VARIANTS)[15:]}
+FAMILIES = {"learning": LEARNING, "tempflow": TEMPFLOW, "first_order": FIRST_ORDER}
+VARIANTS = LEARNING | TEMPFLOW | FIRST_ORDER
 
 
 def parse_args():
@@ -111,6 +113,7 @@ def scores_at(folder, epoch):
     return {name: torch.tensor(values, dtype=torch.float64) for name, values in found.items() if name != "prompts"}
 
 
+@functools.cache  # all seeds have the same
 def evaluations(preset, variant):
     """Network evaluations of an epoch, by --dry-run; one with a backward pass counts as three."""
     script, flags = flags_of(preset, variant, None)
