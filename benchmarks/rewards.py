@@ -24,6 +24,8 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import rewards  # noqa: E402
+from judges import geneval  # noqa: E402
+from judges import imagereward as blip  # noqa: E402
 
 WORDS = 20  # tokens of a prompt
 
@@ -68,11 +70,11 @@ def aesthetic():
 
 
 def imagereward():
-    model = rewards.ImageReward(rewards.BLIP_VISION, rewards.BLIP_TEXT)
-    ids, length = torch.randint(1, 30000, (1, rewards.REWARD_TOKENS)), rewards.BLIP_VISION["image_size"]
+    model = blip.ImageReward(blip.BLIP_VISION, blip.BLIP_TEXT)
+    ids, length = torch.randint(1, 30000, (1, blip.REWARD_TOKENS)), blip.BLIP_VISION["image_size"]
 
     def score(x):
-        pixels = rewards.normalise_for_clip(rewards.resize_for_clip(x, length))
+        pixels = rewards.clip_input(x, length)
         text = ids.to(x.device).expand(len(x), -1)
         return model(pixels, text, torch.ones_like(text))
 
@@ -82,13 +84,13 @@ def imagereward():
 def detector():
     from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation, SwinConfig
 
-    names = dict(enumerate(rewards.GENEVAL_NAMES))
+    names = dict(enumerate(geneval.NAMES))
     swin = SwinConfig(embed_dim=96, depths=[2, 2, 18, 2], num_heads=[3, 6, 12, 24], window_size=7, image_size=224,
                       out_features=["stage1", "stage2", "stage3", "stage4"])  # fmt: skip
     model = Mask2FormerForUniversalSegmentation(
         Mask2FormerConfig(backbone_config=swin, id2label=names, label2id={v: k for k, v in names.items()})
     )
-    return model, lambda x: torch.tensor([float(len(found)) for found in rewards.Detector(model)(x)])
+    return model, lambda x: torch.tensor([float(len(found)) for found in geneval.Detector(model)(x)])
 
 
 def colors():
@@ -97,8 +99,8 @@ def colors():
 
     def score(x):
         wrapped[:] = wrapped or [wrap(model)]  # its 30 texts a class are encoded once, in the first call
-        things = [(i, rewards.Found("car", 1.0, (100, 100, 400, 300))) for i in range(len(x))]
-        rewards.geneval_colors(wrapped[0], x, things)
+        things = [(i, geneval.Found("car", 1.0, (100, 100, 400, 300))) for i in range(len(x))]
+        geneval.name_colors(wrapped[0], x, things)
         return torch.zeros(len(x))
 
     return model, score

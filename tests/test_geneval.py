@@ -1,4 +1,4 @@
-"""rewards.py, GenEval: both scorings on hand-made boxes, the colour step, the detector, loading.  No weights."""
+"""judges/geneval.py: both scorings on hand-made boxes, the colour step, the detector, loading.  No weights."""
 
 import json
 from pathlib import Path
@@ -9,7 +9,9 @@ import torch.nn.functional as F
 from test_rewards import pictures, save_clip
 
 import rewards
-from rewards import Found, UsageError, check, geneval_correct, geneval_keep, geneval_partial, geneval_relations, load
+from judges import geneval
+from judges.geneval import Found
+from rewards import UsageError, check, load
 
 ROOT = Path(rewards.__file__).parent
 OFFICIAL = [json.loads(line) for line in (ROOT / "prompts" / "geneval_official.jsonl").read_text().splitlines()]
@@ -82,13 +84,13 @@ CASES = [  # prompt, what was found, GenEval's verdict, training reward, the sam
 
 @pytest.mark.parametrize("metadata, found, correct, reward, flowgrpo", CASES)
 def test_hand_made_boxes(metadata, found, correct, reward, flowgrpo):
-    assert geneval_correct(found, metadata) is correct
-    assert geneval_partial(found, metadata) == pytest.approx(reward)
-    assert geneval_partial(found, metadata, flowgrpo=True) == pytest.approx(flowgrpo)
+    assert geneval.correct(found, metadata) is correct
+    assert geneval.partial(found, metadata) == pytest.approx(reward)
+    assert geneval.partial(found, metadata, flowgrpo=True) == pytest.approx(flowgrpo)
 
 
 def test_the_cases_cover_every_tag_and_separate_the_scorings():
-    assert {metadata["tag"] for metadata, *_ in CASES} == set(rewards.GENEVAL_TAGS)
+    assert {metadata["tag"] for metadata, *_ in CASES} == set(geneval.TAGS)
     assert {(correct, reward == flowgrpo) for _, _, correct, reward, flowgrpo in CASES} == {
         (True, True), (False, True), (True, False), (False, False)}  # fmt: skip
 
@@ -96,26 +98,26 @@ def test_the_cases_cover_every_tag_and_separate_the_scorings():
 def test_a_position_is_demanded_of_every_pair():
     metadata = {"tag": "position", "include": [clause("cat", 2), clause("dog", 2, position=["right of", 0])]}
     two_cats = boxes("cat", 2)
-    assert geneval_correct(image(two_cats, boxes("dog", 2, x=90)), metadata)
+    assert geneval.correct(image(two_cats, boxes("dog", 2, x=90)), metadata)
     one_off = [*boxes("dog", x=90), *boxes("dog", x=-90)]
-    assert not geneval_correct(image(two_cats, one_off), metadata)
-    assert geneval_partial(image(two_cats, one_off), metadata) == pytest.approx(2 / 3)
+    assert not geneval.correct(image(two_cats, one_off), metadata)
+    assert geneval.partial(image(two_cats, one_off), metadata) == pytest.approx(2 / 3)
 
 
 def test_a_target_of_the_wrong_colour_is_no_target():
     metadata = {"tag": "position", "include": [clause("cat", color="red"), clause("dog", position=["below", 0])]}
-    assert geneval_correct(image(boxes("cat", color="red"), low_dog), metadata)
+    assert geneval.correct(image(boxes("cat", color="red"), low_dog), metadata)
     found = image(boxes("cat", color="blue"), low_dog)
-    assert not geneval_correct(found, metadata)
+    assert not geneval.correct(found, metadata)
     for flag in (False, True):  # 1, 0 and 1, 0: no second credit where there is no target
-        assert geneval_partial(found, metadata, flag) == pytest.approx(1 / 2)
+        assert geneval.partial(found, metadata, flag) == pytest.approx(1 / 2)
 
 
 def test_exclude_is_an_or_and_looks_at_its_count():
     metadata = ONE | {"exclude": [clause("cat"), clause("dog", 2)]}
-    assert geneval_correct(image(boxes("bench"), boxes("dog")), metadata)
-    assert not geneval_correct(image(boxes("bench"), boxes("dog", 2)), metadata)
-    assert not geneval_correct(image(boxes("bench"), cat), metadata)
+    assert geneval.correct(image(boxes("bench"), boxes("dog")), metadata)
+    assert not geneval.correct(image(boxes("bench"), boxes("dog", 2)), metadata)
+    assert not geneval.correct(image(boxes("bench"), cat), metadata)
 
 
 @pytest.mark.parametrize("metadata", OFFICIAL[::7], ids=lambda m: m["prompt"].replace(" ", "_"))
@@ -126,7 +128,7 @@ def test_official_prompts_accept_what_they_ask_for_and_nothing_less(metadata):
     for i, c in enumerate(metadata["include"]):
         dx, dy = place[c["position"][0]] if "position" in c else (400 * i, 0)
         groups.append(boxes(c["class"], c["count"], dx, dy, color=c.get("color", "")))
-    for scoring in (geneval_correct, geneval_partial, lambda f, m: geneval_partial(f, m, True)):
+    for scoring in (geneval.correct, geneval.partial, lambda f, m: geneval.partial(f, m, True)):
         full = scoring(image(*groups), metadata)
         assert full == 1
         for i, group in enumerate(groups):
@@ -144,11 +146,11 @@ def test_official_prompts_accept_what_they_ask_for_and_nothing_less(metadata):
 def test_thresholds_by_tag_order_and_at_most_sixteen():
     scores = [0.2, 0.3, 0.31, 0.9, 0.91, 0.5]
     found = [Found("cat", s, (0, 0, 1, 1)) for s in scores] + [Found("dog", 0.25, (0, 0, 1, 1))]
-    assert [o.score for o in geneval_keep(found, "colors")["cat"]] == [0.91, 0.9, 0.5, 0.31]  # above, not at
-    assert [o.score for o in geneval_keep(found, "counting")["cat"]] == [0.91]
-    assert "dog" not in geneval_keep(found, "colors")
+    assert [o.score for o in geneval.keep(found, "colors")["cat"]] == [0.91, 0.9, 0.5, 0.31]  # above, not at
+    assert [o.score for o in geneval.keep(found, "counting")["cat"]] == [0.91]
+    assert "dog" not in geneval.keep(found, "colors")
     many = [Found(name, 0.31 + 0.01 * i, (i, 0, 1, 1)) for i in range(20) for name in ("cat", "dog")]
-    kept = geneval_keep(many, "two_object")
+    kept = geneval.keep(many, "two_object")
     assert [len(kept[name]) for name in ("cat", "dog")] == [16, 16]
     assert [o.box[0] for o in kept["cat"]] == list(range(19, 3, -1))
 
@@ -172,39 +174,39 @@ def test_thresholds_by_tag_order_and_at_most_sixteen():
     ],
 )
 def test_positions(a, expected):
-    assert geneval_relations(a, (0, 0, 100, 100)) == expected
+    assert geneval.relations(a, (0, 0, 100, 100)) == expected
     opposite = {"right of": "left of", "left of": "right of", "above": "below", "below": "above"}
-    assert geneval_relations((0, 0, 100, 100), a) == {opposite[r] for r in expected}
+    assert geneval.relations((0, 0, 100, 100), a) == {opposite[r] for r in expected}
 
 
 def test_the_margin_goes_with_both_sizes():
     small, large = (0, 0, 10, 10), (0, 0, 400, 400)
-    assert geneval_relations((30, 0, 40, 10), small) == {"right of"}
+    assert geneval.relations((30, 0, 40, 10), small) == {"right of"}
     shifted = (30 + 195, 195, 40 + 195, 205)  # the same offset of the centres
-    assert geneval_relations(shifted, large) == set()
+    assert geneval.relations(shifted, large) == set()
 
 
 def test_score_is_the_mean_over_tags_not_over_images():
-    tags = [*rewards.GENEVAL_TAGS, "colors", "colors"]
+    tags = [*geneval.TAGS, "colors", "colors"]
     correct = [1, 0, 1, 1, 0, 0, 0, 0]
-    score = rewards.geneval_score(torch.tensor(correct), tags)
+    score = geneval.score(torch.tensor(correct), tags)
     assert score["colors"] == pytest.approx(1 / 3) and score["single_object"] == 1 and score["two_object"] == 0
     assert score["overall"] == pytest.approx((1 + 0 + 1 + 1 / 3 + 0 + 0) / 6) and len(score) == 7
     with pytest.raises(ValueError, match="no image has the tag color_attr"):
-        rewards.geneval_score([1] * 5, list(rewards.GENEVAL_TAGS[:5]))
+        geneval.score([1] * 5, list(geneval.TAGS[:5]))
     with pytest.raises(ValueError):
-        rewards.geneval_score([1] * 5, tags)
+        geneval.score([1] * 5, tags)
 
 
 # ---- metadata, before anything is loaded ----------------------------------------------------------------------------
 def test_official_prompts_are_valid_and_the_names_are_theirs():
     for metadata in OFFICIAL:
-        rewards.check_geneval(metadata)
+        geneval.check_metadata(metadata)
     assert len(OFFICIAL) == 553
     names = (ROOT / "prompts" / "geneval_object_names.txt").read_text().split("\n")
-    assert rewards.GENEVAL_NAMES == tuple(name for name in names if name)
+    assert geneval.NAMES == tuple(name for name in names if name)
     asked = {c["class"] for m in OFFICIAL for c in m["include"]}
-    assert asked <= set(rewards.GENEVAL_NAMES) and len(asked) > 70
+    assert asked <= set(geneval.NAMES) and len(asked) > 70
 
 
 @pytest.mark.parametrize(
@@ -224,7 +226,7 @@ def test_official_prompts_are_valid_and_the_names_are_theirs():
 )
 def test_wrong_metadata(change, words):
     with pytest.raises(ValueError) as e:
-        rewards.check_geneval(ONE | change)
+        geneval.check_metadata(ONE | change)
     assert words in str(e.value)
 
 
@@ -233,7 +235,7 @@ def folders(tmp_path_factory):
     """--reward-path of a tiny random Mask2Former that is sure of itself, and a tiny CLIP."""
     from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation, SwinConfig
 
-    names = list(rewards.GENEVAL_NAMES)
+    names = list(geneval.NAMES)
     names[64:67] = "mouse", "remote", "keyboard"  # as COCO has them
     swin = SwinConfig(image_size=64, patch_size=4, embed_dim=8, depths=[1, 1, 1, 1], num_heads=[1, 2, 2, 2],
                       window_size=4, out_features=["stage1", "stage2", "stage3", "stage4"])  # fmt: skip
@@ -285,12 +287,12 @@ class ColorClip:
 
     def images(self, images):
         self.batches.append(images)
-        return rewards._unit(images.mean((2, 3)) - 0.3)
+        return rewards.unit(images.mean((2, 3)) - 0.3)
 
     def text(self, prompt):
         self.texts.add(prompt)
-        color = next(c for c in rewards.GENEVAL_COLORS if f" {c} " in prompt or f" {c}-colored " in prompt)
-        return rewards._unit(torch.tensor(self.rgb.get(color, (-1, -1, -1)), dtype=torch.float32))
+        color = next(c for c in geneval.COLORS if f" {c} " in prompt or f" {c}-colored " in prompt)
+        return rewards.unit(torch.tensor(self.rgb.get(color, (-1, -1, -1)), dtype=torch.float32))
 
 
 def test_colours_come_from_the_mask_in_one_batch():
@@ -306,35 +308,35 @@ def test_colours_come_from_the_mask_in_one_batch():
         (1, Found("cup", 1, (30, 20, 40, 30))),
     ]
     clip = ColorClip()
-    rewards.geneval_colors(clip, x, things)
+    geneval.name_colors(clip, x, things)
     assert [thing.color for _, thing in things] == ["red", "blue", "green"]
     assert [tuple(batch.shape) for batch in clip.batches] == [(3, 3, 16, 16)]
     wordings = {"a photo of a red car", "a photo of a red-colored car", "a photo of a red object"}
     assert wordings <= clip.texts and len(clip.texts) == 10 * (3 * 2 + 1)
     clip.batches.clear()
-    rewards.geneval_colors(clip, x, things, chunk=2)
+    geneval.name_colors(clip, x, things, chunk=2)
     assert [len(batch) for batch in clip.batches] == [2, 1]
-    rewards.geneval_colors(clip, x, [])
+    geneval.name_colors(clip, x, [])
 
 
 def test_crops_are_grey_outside_the_mask():
     g = torch.Generator().manual_seed(3)
     x = torch.rand(3, 30, 50, generator=g)
     mask = torch.rand(30, 50, generator=g) > 0.5
-    crop = rewards.geneval_crop(x, Found("cat", 1, (4, 6, 24, 16), mask))
+    crop = geneval.crop(x, Found("cat", 1, (4, 6, 24, 16), mask))
     expected = torch.full((3, 10, 20), 0x99 / 255)
     for row in range(10):
         for column in range(20):
             if mask[6 + row, 4 + column]:
                 expected[:, row, column] = x[:, 6 + row, 4 + column]
     assert torch.equal(crop, expected)
-    assert torch.equal(rewards.geneval_crop(x, Found("cat", 1, (4, 6, 24, 16))), x[:, 6:16, 4:24])
+    assert torch.equal(geneval.crop(x, Found("cat", 1, (4, 6, 24, 16))), x[:, 6:16, 4:24])
 
 
 @pytest.mark.parametrize("box", [(7, 0, 8, 512), (0, 9, 512, 11)])
 def test_slivers_are_cut_before_they_are_enlarged(box):
     x = torch.rand(3, 512, 512)
-    crop = rewards.geneval_crop(x, Found("tie", 1, box))
+    crop = geneval.crop(x, Found("tie", 1, box))
     assert max(crop.shape[1:]) <= 8 * min(crop.shape[1:])
     whole = x[:, box[1] : box[3], box[0] : box[2]][None]
     assert (rewards.resize_for_clip(crop[None], 32) - rewards.resize_for_clip(whole, 32)).abs().max() < 1e-5
@@ -348,12 +350,12 @@ def test_objects_are_transformers_post_processing():
     from transformers.models.mask2former.image_processing_pil_mask2former import Mask2FormerImageProcessorPil
 
     classes, masks = 6 * torch.randn(30, 81), F.interpolate(8 * torch.randn(1, 30, 6, 6), (48, 48), mode="bicubic")[0]
-    ours = rewards.Detector._objects(classes, masks, (384, 384), (384, 384))
+    ours = geneval.Detector._objects(classes, masks, (384, 384), (384, 384))
     outputs = SimpleNamespace(class_queries_logits=classes[None], masks_queries_logits=masks[None])
     (theirs,) = Mask2FormerImageProcessorPil().post_process_instance_segmentation(
         outputs, threshold=0.3, target_sizes=[(384, 384)], return_binary_maps=True
     )
-    expected = {(rewards.GENEVAL_NAMES[info["label_id"]], info["score"]): theirs["segmentation"][info["id"]].bool()
+    expected = {(geneval.NAMES[info["label_id"]], info["score"]): theirs["segmentation"][info["id"]].bool()
                 for info in theirs["segments_info"]}  # fmt: skip
     assert len(ours) == len(expected) > 5
     for thing in ours:
@@ -365,11 +367,11 @@ def test_objects_are_transformers_post_processing():
 
 
 def test_nothing_sure_nothing_found():
-    assert rewards.Detector._objects(torch.zeros(5, 81), torch.randn(5, 8, 8), (32, 32), (32, 32)) == []
+    assert geneval.Detector._objects(torch.zeros(5, 81), torch.randn(5, 8, 8), (32, 32), (32, 32)) == []
     certain = torch.zeros(5, 81)
     certain[:, 7] = 50
-    assert rewards.Detector._objects(certain, torch.full((5, 8, 8), -9.0), (32, 32), (32, 32)) == []  # empty masks
-    assert len(rewards.Detector._objects(certain, torch.full((5, 8, 8), 9.0), (32, 32), (20, 24))) == 5
+    assert geneval.Detector._objects(certain, torch.full((5, 8, 8), -9.0), (32, 32), (32, 32)) == []  # empty masks
+    assert len(geneval.Detector._objects(certain, torch.full((5, 8, 8), 9.0), (32, 32), (20, 24))) == 5
 
 
 @pytest.mark.parametrize("h, w, size", [(512, 512, (800, 800)), (512, 768, (800, 1216)), (256, 1024, (352, 1344))])
@@ -380,7 +382,7 @@ def test_detector_sees_eight_hundred_pixels_and_imagenet_colours(h, w, size):
 
     class Net:
         dtype = torch.float32
-        config = SimpleNamespace(id2label=dict(enumerate(rewards.GENEVAL_NAMES)), num_labels=80)
+        config = SimpleNamespace(id2label=dict(enumerate(geneval.NAMES)), num_labels=80)
 
         def __call__(self, pixel_values):
             seen.append(pixel_values)
@@ -388,7 +390,7 @@ def test_detector_sees_eight_hundred_pixels_and_imagenet_colours(h, w, size):
             return SimpleNamespace(class_queries_logits=empty, masks_queries_logits=torch.zeros(1, 3, 9, 9))
 
     x = torch.ones(1, 3, h, w) * torch.tensor([0.485, 0.456 + 0.224, 0.406 - 0.225]).view(3, 1, 1)
-    assert rewards.Detector(Net())(x) == [[]]
+    assert geneval.Detector(Net())(x) == [[]]
     assert tuple(seen[0].shape[-2:]) == size
     assert torch.allclose(seen[0][0].mean((1, 2)), torch.tensor([0.0, 1, -1]), atol=1e-5)
 
@@ -397,15 +399,15 @@ def test_a_detector_of_other_classes_is_refused(folders, monkeypatch):
     from transformers import Mask2FormerForUniversalSegmentation
 
     model = Mask2FormerForUniversalSegmentation.from_pretrained(folders.split(",")[1])
-    rewards.Detector(model)
+    geneval.Detector(model)
     labels = model.config.id2label
     labels[0], labels[2] = "car", "person"
     with pytest.raises(UsageError, match="class 0 is 'car', not 'person'"):
-        rewards.Detector(model)
+        geneval.Detector(model)
     labels[0], labels[2] = "person", "car"
     model.config.id2label = dict(list(labels.items())[:79])
     with pytest.raises(UsageError, match="79 classes"):
-        rewards.Detector(model)
+        geneval.Detector(model)
 
 
 # ---- from files to scores -------------------------------------------------------------------------------------------
@@ -415,10 +417,10 @@ def scored(folders, monkeypatch):
     from transformers import Mask2FormerForUniversalSegmentation
 
     x = (pictures(3, 64, 96, seed=5) * 255).round() / 255
-    monkeypatch.setattr(rewards, "SHORTER", 128)
+    monkeypatch.setattr(geneval, "SHORTER", 128)
     model = Mask2FormerForUniversalSegmentation.from_pretrained(folders.split(",")[1]).eval()
     with torch.no_grad():
-        objects = rewards.Detector(model)(x)
+        objects = geneval.Detector(model)(x)
     return x, objects, {name: load(name, paths={name: folders}) for name in NAMES}
 
 
@@ -432,9 +434,9 @@ def test_the_saved_detector_finds_something(scored):
 
 def test_scores_are_the_pure_functions_of_what_is_found(scored):
     x, objects, loaded = scored
-    judges = geneval_correct, geneval_partial, lambda f, m: geneval_partial(f, m, True)
+    judges = geneval.correct, geneval.partial, lambda f, m: geneval.partial(f, m, True)
     names = [found[0].name for found in objects]
-    kept = [geneval_keep(found, "two_object") for found in objects]
+    kept = [geneval.keep(found, "two_object") for found in objects]
     counts = [len(k[n]) for k, n in zip(kept, names)]
     prompts = ["a prompt"] * 3
     for delta in (0, 1):  # what is there; one more of the first, and a position
@@ -452,16 +454,16 @@ def test_exactly_one_colour_is_right_and_it_is_clips(scored, folders):
     from transformers import CLIPModel, CLIPTokenizer
 
     x, objects, loaded = scored
-    thing = next(iter(geneval_keep(objects[1], "colors").values()))[0]
-    asked = [{"tag": "colors", "include": [clause(thing.name, color=c)]} for c in rewards.GENEVAL_COLORS]
+    thing = next(iter(geneval.keep(objects[1], "colors").values()))[0]
+    asked = [{"tag": "colors", "include": [clause(thing.name, color=c)]} for c in geneval.COLORS]
     total, _ = loaded["geneval"](x[1:2].expand(10, -1, -1, -1), ["a prompt"] * 10, asked)
     assert sorted(total.tolist()) == [0] * 9 + [1]
     folder = Path(folders.split(",")[0])
     clip = rewards.Clip(CLIPModel.from_pretrained(folder).eval(), CLIPTokenizer.from_pretrained(folder))
     with torch.no_grad():
-        image_feature = clip.images(rewards.geneval_crop(x[1], thing)[None])[0]
+        image_feature = clip.images(geneval.crop(x[1], thing)[None])[0]
         cosines = []
-        for c in rewards.GENEVAL_COLORS:
+        for c in geneval.COLORS:
             texts = [f"a photo of a {w}" for w in (f"{c} {thing.name}", f"{c}-colored {thing.name}", f"{c} object")]
             mean = torch.stack([clip.text(t) for t in texts]).mean(0)
             cosines.append((image_feature @ mean / mean.norm()).item())
@@ -472,13 +474,13 @@ def test_every_object_of_the_right_count_gets_a_colour(scored):
     """Over the ten colours the credits for colour add up to one, however many objects there are."""
     x, objects, loaded = scored
     for i, found in enumerate(objects):
-        for name, things in geneval_keep(found, "colors").items():
+        for name, things in geneval.keep(found, "colors").items():
             n = len(things)
-            asked = [{"tag": "colors", "include": [clause(name, n, color=c)]} for c in rewards.GENEVAL_COLORS]
+            asked = [{"tag": "colors", "include": [clause(name, n, color=c)]} for c in geneval.COLORS]
             total, _ = loaded["geneval-reward"](x[i : i + 1].expand(10, -1, -1, -1), ["a prompt"] * 10, asked)
             assert (2 * total - 1).sum().item() == pytest.approx(1, abs=1e-5)
-    assert max(len(t) for found in objects for t in geneval_keep(found, "colors").values()) > 1
-    assert min(len(t) for found in objects for t in geneval_keep(found, "colors").values()) == 1
+    assert max(len(t) for found in objects for t in geneval.keep(found, "colors").values()) > 1
+    assert min(len(t) for found in objects for t in geneval.keep(found, "colors").values()) == 1
 
 
 def test_a_prompt_without_metadata_stops_the_run_with_its_text(scored):
@@ -490,7 +492,7 @@ def test_a_prompt_without_metadata_stops_the_run_with_its_text(scored):
 
 
 def test_the_three_rewards_share_their_models(folders):
-    assert rewards._detector.cache_info().currsize == 1
+    assert geneval.load_detector.cache_info().currsize == 1
     reward = load("geneval=1,geneval-reward=1", paths=dict.fromkeys(NAMES[:2], folders))
-    assert rewards._detector.cache_info().currsize == 1 and not reward.differentiable
+    assert geneval.load_detector.cache_info().currsize == 1 and not reward.differentiable
     assert load("geneval", paths=folders).terms[0].metric

@@ -1,4 +1,4 @@
-"""rewards.py against results of the reference implementations themselves: open_clip_torch, image-reward, HPSv2.
+"""rewards.py and judges/imagereward.py against results of open_clip_torch, image-reward and HPSv2 themselves.
 
 tests/golden/ holds what they returned for random weights (`make reference`, docs/parity.md); the weights are rebuilt
 here from their names, written as checkpoints of the original formats, and loaded by rewards.py.
@@ -9,6 +9,7 @@ import torch
 from reference import parity, recipe
 
 import rewards
+from judges import imagereward
 
 
 def outside(check, folder, factor=1.0, **options):
@@ -38,8 +39,9 @@ def untransposed(state):
     return {k: v.T if "_projection" in k else v for k, v in CLIP_MAP(state).items()}
 
 
-CLIP_MAP, BLIP_MAP = rewards.openclip_to_clip, rewards.imagereward_to_blip
-HPS_V, HPS_T, BLIP_V, BLIP_T = rewards.HPS_VISION, rewards.HPS_TEXT, rewards.BLIP_VISION, rewards.BLIP_TEXT
+CLIP_MAP, BLIP_MAP = rewards.openclip_to_clip, imagereward.imagereward_to_blip
+HPS_V, HPS_T = rewards.HPS_VISION, rewards.HPS_TEXT
+BLIP_V, BLIP_T = imagereward.BLIP_VISION, imagereward.BLIP_TEXT
 # each loads without complaint
 MUTATIONS = {
     "quick gelu, images": ("hpsv2", "HPS_VISION", HPS_V | {"hidden_act": "quick_gelu"}),
@@ -70,7 +72,7 @@ def test_a_wrong_setting_is_far_outside_the_tolerance(name, tmp_path, monkeypatc
         resize = torch.nn.functional.interpolate
         monkeypatch.setattr(rewards.F, "interpolate", lambda *a, antialias, **k: resize(*a, **k))
     else:
-        monkeypatch.setattr(rewards, constant, value)
+        monkeypatch.setattr(rewards if constant in vars(rewards) else imagereward, constant, value)
     assert outside(check, tmp_path, factor=5)
 
 

@@ -1,9 +1,10 @@
-"""rewards.py, rewards of a server, against real servers on 127.0.0.1: protocol, failures, retries, a restart."""
+"""judges/served.py, rewards of a server, against real servers on 127.0.0.1: protocol, failures, retries, a restart."""
 
 import base64
 import http.server
 import io
 import json
+import signal
 import socket
 import subprocess
 import sys
@@ -17,6 +18,7 @@ import torch
 from PIL import Image
 
 import rewards
+from judges import served
 from rewards import RewardError, UsageError, check, load
 
 DOCS = (Path(rewards.__file__).parent / "docs" / "rewards.md").read_text()
@@ -134,11 +136,16 @@ def test_requests_run_side_by_side_up_to_workers(serve):
     assert server.most_busy == 3 and len(server.seen) == 6
 
 
-def test_key_of_the_server(serve, monkeypatch):
+def test_key_of_the_server(serve, monkeypatch, tmp_path):
     server = serve(lambda n, path, body: (200, mean_scores(body)))
     monkeypatch.setenv("REWARD_API_KEY", "abc")
     load("http", paths=server.url)(images(1), PROMPTS[:1])
     assert server.seen[0][3]["Authorization"] == "Bearer abc"
+    netrc = tmp_path / "netrc"
+    netrc.write_text("machine 127.0.0.1 login somebody password else\n")
+    monkeypatch.setenv("NETRC", str(netrc))
+    load("http", paths=server.url + "/other")(images(1), PROMPTS[:1])
+    assert server.seen[1][3]["Authorization"] == "Bearer abc"
 
 
 def failing(answer, serve, name="http", settings=QUICK, n=3):
@@ -223,11 +230,75 @@ def test_a_failure_ends_the_waiting_of_the_others(serve):
         return 503, b"busy"
 
     start = time.monotonic()
-    before = {t for t in threading.enumerate() if t.name.startswith("ThreadPoolExecutor")}
+    before = {t for t in threading.enumerate() if t.name.endswith("(worker)")}  # those of a ThreadPool
     failing(answer, serve, settings="#batch=1&workers=4&wait=10&tries=5", n=4)
-    while {t for t in threading.enumerate() if t.name.startswith("ThreadPoolExecutor")} - before:
+    while {t for t in threading.enumerate() if t.name.endswith("(worker)")} - before:
         time.sleep(0.02)
         assert time.monotonic() - start < 5
+
+
+def test_redirects_are_not_followed(serve, monkeypatch):
+    """Neither the key nor the images go to another address, and its answer is not taken for scores."""
+    other = serve(lambda n, path, body: (200, mean_scores(body)))
+    monkeypatch.setenv("REWARD_API_KEY", "abc")
+    for status in (301, 302, 307, 308):
+        server = serve(lambda n, path, body, status=status: (status, b"elsewhere"))
+        handler = server.http.RequestHandlerClass
+        original = handler.end_headers
+        handler.end_headers = lambda self, original=original: (
+            self.send_header("Location", other.url), original(self))  # fmt: skip
+        with pytest.raises(RewardError, match=f"answered HTTP {status}"):
+            load("http", paths=server.url + QUICK)(images(1), PROMPTS[:1])
+        assert len(server.seen) == 1 and not other.seen
+
+
+def test_an_answer_has_a_size_and_a_time(serve, monkeypatch):
+    """More bytes than any scores need stop the run; a trickle that never pauses is timed out like silence."""
+    message, requests = failing(lambda n, path, body: (200, b"[" * (served.LARGEST + 1)), serve)
+    assert f"more than {served.LARGEST} bytes" in message and requests == 1
+    server = serve(lambda n, path, body: (200, b"x" * 1000))
+
+    class Slowly:
+        def __init__(self, file):
+            self.file = file
+
+        def write(self, data):
+            for i in range(len(data) if len(data) == 1000 else 0):
+                self.file.write(data[i : i + 1]), self.file.flush(), time.sleep(0.05)
+            return len(data) if len(data) == 1000 else self.file.write(data)
+
+        def __getattr__(self, name):
+            return getattr(self.file, name)
+
+    handler = server.http.RequestHandlerClass
+    original = handler.setup
+    handler.setup = lambda self: (original(self), setattr(self, "wfile", Slowly(self.wfile)))
+    start = time.monotonic()
+    with pytest.raises(RewardError, match="timed out.*2 tries, 0.5 s each"):
+        load("http", paths=f"{server.url}#timeout=0.5&tries=2&wait=0.01")(images(1), PROMPTS[:1])
+    assert time.monotonic() - start < 5
+
+
+def test_ctrl_c_does_not_wait_for_the_server(serve):
+    release = threading.Event()
+    server = serve(lambda n, path, body: (release.wait(30), (200, mean_scores(body)))[1])
+    code = (
+        "import sys, torch, rewards\n"
+        f"reward = rewards.load('http', paths='{server.url}#timeout=60&workers=4&batch=1')\n"
+        "reward(torch.rand(4, 3, 8, 8), ['a'] * 4)\n"
+    )
+    root = Path(rewards.__file__).parent
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=root, stderr=subprocess.PIPE, text=True)
+    try:
+        while len(server.seen) < 4:
+            time.sleep(0.05)
+            assert process.poll() is None
+        process.send_signal(signal.SIGINT)
+        start = time.monotonic()
+        assert "KeyboardInterrupt" in process.communicate(timeout=20)[1]
+        assert time.monotonic() - start < 5
+    finally:
+        release.set(), process.kill(), process.wait()
 
 
 SERVER = """
@@ -290,8 +361,8 @@ def test_the_server_in_the_documentation_works():
     process = subprocess.Popen([sys.executable, "-c", code, str(port)], stderr=subprocess.DEVNULL)
     try:
         x = torch.rand(3, 1, 1, 1).expand(3, 3, 16, 16)
-        reward = rewards.http_reward("http", "cpu", torch.float32, f"http://127.0.0.1:{port}/score#wait=0.2&batch=2")
-        scores = reward.fn(x, PROMPTS[:3], None)
+        places = {"url": f"http://127.0.0.1:{port}/score#wait=0.2&batch=2"}
+        scores = served.http_reward("http", "cpu", torch.float32, places)(x, PROMPTS[:3], None)
         assert torch.allclose(torch.tensor(scores), x[:, 0, 0, 0], atol=0.51 / 255)
     finally:
         process.kill(), process.wait()
@@ -300,7 +371,7 @@ def test_the_server_in_the_documentation_works():
 def test_the_documentation_names_every_reward_and_setting():
     for name in (*rewards.REWARDS, *rewards.DIVERSITY):
         assert any(f"`{name}`" in line.split("|")[1] for line in DOCS.splitlines() if line.startswith("| ")), name
-    for key, value in rewards.HTTP.items():
+    for key, value in served.HTTP.items():
         assert f"`{key}={value:g}`" in DOCS
 
 
@@ -329,8 +400,8 @@ def test_urls_are_paths_like_the_others():
     found = rewards.parse_paths(["deqa=http://h:1/a?b=c#tries=2", "http=https://h/x"])
     assert found == {"deqa": "http://h:1/a?b=c#tries=2", "http": "https://h/x"}
     assert rewards.parse_paths("http://h:1/?a=b") == {"": "http://h:1/?a=b"}
-    url, settings = rewards._server("deqa", "https://h/x?y=1#timeout=60&workers=2")
-    assert url == "https://h/x?y=1" and settings == rewards.HTTP | {"timeout": 60.0, "workers": 2}
+    url, settings = served.read_url("deqa", "https://h/x?y=1#timeout=60&workers=2")
+    assert url == "https://h/x?y=1" and settings == served.HTTP | {"timeout": 60.0, "workers": 2}
 
 
 # ---- UnifiedReward --------------------------------------------------------------------------------------------------
@@ -388,9 +459,9 @@ def test_unifiedreward_is_a_chat_completion(serve):
 def test_the_score_in_the_answer(text, score):
     if score is None:
         with pytest.raises(ValueError, match="no 'Final Score:' from 1 to 5"):
-            rewards.unified_score(completion(text))
+            served.unified_score(completion(text), "a prompt")
     else:
-        assert rewards.unified_score(completion(text)) == score
+        assert served.unified_score(completion(text), "a prompt") == score
 
 
 @pytest.mark.parametrize("answer, words", [
@@ -417,13 +488,13 @@ def test_a_server_without_models_is_no_openai_server(serve):
 def test_unifiedreward_asks_the_question_of_a_file(tmp_path):
     file = tmp_path / "question.txt"
     file.write_text("<image> How good is {prompt}? Final Score: 1 to 5")
-    _, settings = rewards._server("unifiedreward", f"http://h:1/v1#timeout=3&question={file}")
+    _, settings = served.read_url("unifiedreward", f"http://h:1/v1#timeout=3&question={file}")
     assert settings["question"] == file.read_text() and settings["timeout"] == 3
     for text in ("no slot. Final Score: x", "{prompt} without the words", "{prompt} {prompt} Final Score: x"):
         file.write_text(text)
         with pytest.raises(rewards.UsageError, match="question="):
-            rewards._server("unifiedreward", f"http://h:1/v1#question={file}")
+            served.read_url("unifiedreward", f"http://h:1/v1#question={file}")
     with pytest.raises(rewards.UsageError, match="question="):
-        rewards._server("unifiedreward", f"http://h:1/v1#question={tmp_path / 'absent'}")
+        served.read_url("unifiedreward", f"http://h:1/v1#question={tmp_path / 'absent'}")
     with pytest.raises(rewards.UsageError, match="question"):
-        rewards._server("deqa", f"http://h:1/v1#question={file}")
+        served.read_url("deqa", f"http://h:1/v1#question={file}")

@@ -1,4 +1,5 @@
-"""rewards.py: contract, preprocessing, key maps against plain-torch references, conventions, messages.  No weights."""
+"""rewards.py, judges/imagereward.py, judges/ocr.py: contract, preprocessing, key maps against plain-torch references,
+conventions, messages.  No weights."""
 
 import http.server
 import importlib.util
@@ -18,6 +19,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import tensor
 
 import rewards
+from judges import imagereward, ocr
 from rewards import Reward, RewardError, Term, UsageError, check, load, parse_paths, parse_spec
 from tiny import shapes
 
@@ -461,8 +463,8 @@ def imagereward_score(s, images, prompts, heads=12, vision_heads=16, eps=1e-6, m
 @pytest.fixture
 def blip(tmp_path_factory, monkeypatch):
     folder = tmp_path_factory.mktemp("blip")
-    monkeypatch.setattr(rewards, "BLIP_VISION", rewards.BLIP_VISION | BLIP_V)
-    monkeypatch.setattr(rewards, "BLIP_TEXT", rewards.BLIP_TEXT | BLIP_T)
+    monkeypatch.setattr(imagereward, "BLIP_VISION", imagereward.BLIP_VISION | BLIP_V)
+    monkeypatch.setattr(imagereward, "BLIP_TEXT", imagereward.BLIP_TEXT | BLIP_T)
     state = imagereward_state()
     torch.save(state, folder / "ImageReward.pt")
     (folder / "tokenizer").mkdir()
@@ -496,11 +498,11 @@ def text_call(**forced):
 
 
 TRAPS = {
-    "text heads of BLIP's default config": lambda: (rewards.BLIP_TEXT, "num_attention_heads", 8),
-    "vision eps of BLIP's default config": lambda: (rewards.BLIP_VISION, "layer_norm_eps", 1e-5),
+    "text heads of BLIP's default config": lambda: (imagereward.BLIP_TEXT, "num_attention_heads", 8),
+    "vision eps of BLIP's default config": lambda: (imagereward.BLIP_VISION, "layer_norm_eps", 1e-5),
     "is_decoder in the call": lambda: text_call(is_decoder=True),
     "no attention mask": lambda: text_call(attention_mask=None),
-    "head in train mode": lambda: (rewards.ImageReward, "forward", dropped(rewards.ImageReward.forward)),
+    "head in train mode": lambda: (imagereward.ImageReward, "forward", dropped(imagereward.ImageReward.forward)),
 }
 
 
@@ -539,15 +541,15 @@ def test_each_silent_trap_of_imagereward_loads_strictly_and_is_noticed(trap, bli
 
 
 def test_imagereward_is_in_eval_mode_and_has_no_dropout_to_forget(blip):
-    model = rewards.ImageReward(rewards.BLIP_VISION, rewards.BLIP_TEXT)
+    model = imagereward.ImageReward(imagereward.BLIP_VISION, imagereward.BLIP_TEXT)
     assert not any(m.p for m in model.modules() if isinstance(m, torch.nn.Dropout))
     fn = load("imagereward", dtype=torch.float64, paths=str(blip[0])).terms[0].fn
-    loaded = next(c.cell_contents for c in fn.__closure__ if isinstance(c.cell_contents, rewards.ImageReward))
+    loaded = next(c.cell_contents for c in fn.__closure__ if isinstance(c.cell_contents, imagereward.ImageReward))
     assert not any(m.training for m in loaded.modules()) and not any(p.requires_grad for p in loaded.parameters())
 
 
 def test_is_decoder_false_in_the_config_would_not_load(blip, monkeypatch):
-    monkeypatch.setitem(rewards.BLIP_TEXT, "is_decoder", False)
+    monkeypatch.setitem(imagereward.BLIP_TEXT, "is_decoder", False)
     rewards._load_term.cache_clear()
     with pytest.raises(RuntimeError, match="crossattention"):
         load("imagereward", paths=str(blip[0]))
@@ -569,103 +571,13 @@ def test_published_sizes():
         vit_h = CLIPModel(
             CLIPConfig(vision_config=rewards.HPS_VISION, text_config=rewards.HPS_TEXT, projection_dim=1024)
         )
-        blip = rewards.ImageReward(rewards.BLIP_VISION, rewards.BLIP_TEXT)
+        blip = imagereward.ImageReward(imagereward.BLIP_VISION, imagereward.BLIP_TEXT)
     millions = [sum(p.numel() for p in m.parameters()) / 1e6 for m in (vit_h, blip)]
     assert millions == pytest.approx([986.1, 446.2], abs=0.05)
-    assert rewards.BLIP_TEXT["num_attention_heads"] == 12 and rewards.BLIP_VISION["num_attention_heads"] == 16
-    assert rewards.BLIP_VISION["layer_norm_eps"] == 1e-6 and rewards.BLIP_TEXT["layer_norm_eps"] == 1e-12
+    assert imagereward.BLIP_TEXT["num_attention_heads"] == 12 and imagereward.BLIP_VISION["num_attention_heads"] == 16
+    assert imagereward.BLIP_VISION["layer_norm_eps"] == 1e-6 and imagereward.BLIP_TEXT["layer_norm_eps"] == 1e-12
     assert rewards.HPS_VISION["hidden_act"] == rewards.HPS_TEXT["hidden_act"] == "gelu"
     assert rewards.HPS_VISION["num_attention_heads"] == rewards.HPS_TEXT["num_attention_heads"] == 16
-
-
-# ---- the packages themselves ----------------------------------------------------------------------------------------
-class StubOpenClip:
-    """open_clip's interface, computed from the same checkpoint."""
-
-    def __init__(self, tokenizer):
-        self.tokenizer, self.asked = tokenizer, None
-
-    def create_model(self, name, pretrained, device):
-        from transformers import CLIPConfig, CLIPModel
-
-        self.asked = name, pretrained, device
-        config = CLIPConfig(vision_config=rewards.HPS_VISION, text_config=rewards.HPS_TEXT, projection_dim=12)
-        weights = rewards.openclip_to_clip(torch.load(pretrained, weights_only=True)["state_dict"])
-        model = rewards._build(lambda: CLIPModel(config), weights, device, torch.float64)
-        model.encode_image = lambda x: 3 * model.get_image_features(pixel_values=x).pooler_output  # not normalised
-        model.encode_text = lambda ids: 5 * model.get_text_features(input_ids=ids).pooler_output
-        return model.train()
-
-    def get_tokenizer(self, name):
-        assert name == self.asked[0]
-        return lambda prompts: self.tokenizer(prompts, padding=True, return_tensors="pt").input_ids
-
-
-def test_hpsv2_by_open_clip_is_hpsv2(hps, monkeypatch):
-    path, _, tokenizer = hps
-    stub = StubOpenClip(tokenizer)
-    monkeypatch.setitem(sys.modules, "open_clip", stub)
-    both = {name: load(name, dtype=torch.float64, paths={name: str(path)}) for name in ("hpsv2", "hpsv2-openclip")}
-    assert stub.asked == ("ViT-H-14", str(path), "cpu")
-    x = pictures(3, 50, 40, torch.float64).requires_grad_()
-    ours, theirs = (reward(x, PROMPTS, grad=True)[0] for reward in both.values())
-    assert torch.allclose(ours, theirs, atol=1e-6) and ours.std() > 1e-3
-    a, b = (torch.autograd.grad(total.sum(), x)[0] for total in (ours, theirs))
-    assert torch.allclose(a, b, rtol=1e-5, atol=1e-9) and a.abs().max() > 0
-
-
-def test_imagereward_by_its_package_is_imagereward(blip, monkeypatch):
-    from types import SimpleNamespace
-
-    path, state = blip
-    (path.parent / "med_config.json").write_text("{}")
-    asked = {}
-
-    def package_load(name, device, med_config):
-        asked.update(name=name, device=device, med_config=med_config)
-        weights = rewards.imagereward_to_blip(state)
-        rebuilt = lambda: rewards.ImageReward(rewards.BLIP_VISION, rewards.BLIP_TEXT)  # noqa: E731
-        model = rewards._build(rebuilt, weights, device, torch.float64)
-        from transformers import BertTokenizer
-
-        model.blip = torch.nn.Module()
-        model.blip.tokenizer = BertTokenizer.from_pretrained(path.parent / "tokenizer")
-        model.score_gard = lambda ids, mask, image: model(image, ids, mask)[:, None]
-        return model
-
-    stub = SimpleNamespace(load=package_load, __spec__="something")
-    monkeypatch.setitem(sys.modules, "ImageReward", stub)
-    names = ("imagereward", "imagereward-package")
-    ours, theirs = (load(n, dtype=torch.float64, paths={n: str(path)}) for n in names)
-    assert asked == {"name": str(path), "device": "cpu", "med_config": str(path.parent / "med_config.json")}
-    x, prompts = pictures(3, 50, 40, torch.float64), ["a red circle", "two blue squares", "a red " * 30]
-    assert torch.allclose(ours(x, prompts)[0], theirs(x, prompts)[0], atol=1e-5)
-    y = x.requires_grad_()
-    a, b = (torch.autograd.grad(r(y, prompts, grad=True)[0].sum(), y)[0] for r in (ours, theirs))
-    assert torch.allclose(a, b, rtol=1e-5, atol=1e-9) and a.abs().max() > 0
-    (path.parent / "med_config.json").unlink()
-    assert "no med_config.json in" in message("imagereward-package", str(path))
-
-
-@pytest.mark.parametrize("name, package, pip, instead", [
-    ("hpsv2-openclip", "open_clip", "open_clip_torch==3.3.0", "take hpsv2,"),
-    ("imagereward-package", "ImageReward", "image-reward==1.5", "take imagereward,"),
-])  # fmt: skip
-def test_packages_that_are_missing_or_cannot_be_imported(name, package, pip, instead, tmp_path, monkeypatch):
-    original = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda n: None if n == package else original(n))
-    found = message(name)
-    assert f"needs the package {package}" in found and f"pip install {pip}" in found
-    monkeypatch.undo()
-    for file in ("weights.pt", "med_config.json"):
-        (tmp_path / file).touch()
-    (tmp_path / f"{package}.py").write_text('raise RuntimeError("operator torchvision::nms does not exist")\n')
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.delitem(sys.modules, package, raising=False)
-    check(name, {name: str(tmp_path / "weights.pt")})  # there, so far as can be told without importing it
-    with pytest.raises(UsageError, match="torchvision::nms") as e:
-        load(name, paths={name: str(tmp_path / "weights.pt")})
-    assert pip in str(e.value) and instead in str(e.value) and "\n" not in str(e.value)
 
 
 # ---- gradients ------------------------------------------------------------------------------------------------------
@@ -720,10 +632,10 @@ def test_conventions_with_known_embeddings(monkeypatch, clip_folder):
 
     def text(self, prompt):
         seen.append(prompt)
-        return rewards._unit(tensor(known[prompt.removeprefix("A photo depicts ")]))
+        return rewards.unit(tensor(known[prompt.removeprefix("A photo depicts ")]))
 
     monkeypatch.setattr(rewards.Clip, "_encode", text)
-    monkeypatch.setattr(rewards.Clip, "images", lambda self, images: rewards._unit(tensor([[3.0, 4.0]] * len(images))))
+    monkeypatch.setattr(rewards.Clip, "images", lambda self, images: rewards.unit(tensor([[3.0, 4.0]] * len(images))))
     rewards._load_term.cache_clear()
     score = {n: load(n, paths=clip_paths(n, clip_folder))(pictures(), list(known))[0] for n in CLIP_TYPE[:4]}
     rewards._load_term.cache_clear()
@@ -783,11 +695,11 @@ def test_chunks_change_nothing_but_memory(clip_folder):
 
 
 def test_models_are_loaded_once_and_shared(clip_folder, monkeypatch):
+    from transformers import CLIPModel
+
     loads = []
-    original = rewards._pretrained
-    monkeypatch.setattr(
-        rewards, "_pretrained", lambda cls, *a, **k: loads.append(cls.__name__) or original(cls, *a, **k)
-    )
+    original = CLIPModel.from_pretrained
+    monkeypatch.setattr(CLIPModel, "from_pretrained", lambda *a, **k: loads.append("CLIPModel") or original(*a, **k))
     rewards._load_term.cache_clear(), rewards._clip_model.cache_clear()
     paths = {"pickscore": str(clip_folder), "pickscore26": str(clip_folder)}
     first = load("pickscore=1,pickscore26=1", paths=paths)
@@ -847,14 +759,14 @@ def test_shapes_reward_is_the_checkers():
     ],
 )
 def test_ocr_score(text, target, score):
-    assert rewards.ocr_score(text, target) == pytest.approx(score)
+    assert ocr.ocr_score(text, target) == pytest.approx(score)
 
 
 def test_ocr_target_is_between_the_first_two_quotes():
-    assert rewards.ocr_target('a sign "Open" by "Bob"') == "Open"
+    assert ocr.ocr_target('a sign "Open" by "Bob"') == "Open"
     for prompt in ("no quotes", 'one " only', 'empty ""', 'blank " "', "curly \u201cHello\u201d"):
         with pytest.raises(ValueError, match="double quotes"):
-            rewards.ocr_target(prompt)
+            ocr.ocr_target(prompt)
 
 
 def test_ocr_engine_reads_rendered_words():
@@ -954,7 +866,7 @@ def empty_cache(monkeypatch):
 
     cached = {}
     monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda repo, file: cached.get((repo, file)))
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     return cached
 
 
@@ -1044,6 +956,8 @@ def copy_without(folder, tmp_path, name):
 
 
 def test_the_hub_is_asked_once_and_not_when_offline(empty_cache, monkeypatch):
+    from huggingface_hub import constants
+
     asked, status = [], [200]
 
     class Hub(http.server.BaseHTTPRequestHandler):
@@ -1057,11 +971,12 @@ def test_the_hub_is_asked_once_and_not_when_offline(empty_cache, monkeypatch):
 
     server = http.server.HTTPServer(("127.0.0.1", 0), Hub)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+    here = f"http://127.0.0.1:{server.server_port}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", here)
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     message("hpsv2")
     assert asked == []
-    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     check("hpsv2")
     assert asked == ["/xswu/HPSv2/resolve/main/HPS_v2.1_compressed.pt"]
     status[0] = 404
@@ -1076,7 +991,7 @@ def test_missing_package_gives_the_pip_line(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda n: None if n in ("rapidocr", "ftfy") else original(n))
     assert "pip install rapidocr==3.10.0 onnxruntime==1.31.1" in message("ocr")
     assert "needs the package ftfy: pip install transformers ftfy" in message("hpsv2")
-    monkeypatch.setitem(sys.modules, "tiny", None)  # a fork without the folder
+    monkeypatch.setitem(sys.modules, "tiny.shapes", None)  # a fork without the folder
     assert "folder tiny" in message("shapes")
 
 
@@ -1098,6 +1013,7 @@ def test_check_and_import_are_light(clip_folder):
         f"rewards.check('clipscore=1,pickscore=1,jpeg=1', ['clipscore={clip_folder}', 'pickscore={clip_folder}'])\n"
         "print(time.process_time() - start)\n"
         "assert 'transformers' not in sys.modules\n"
+        "assert not [name for name in sys.modules if name.startswith('judges')]\n"
         "rewards.check('shapes', None, ['a red circle'] * 1000)\n"
         "print(time.process_time() - start)\n"
     )
@@ -1107,10 +1023,8 @@ def test_check_and_import_are_light(clip_folder):
     assert seconds[0] < 0.8 and seconds[1] < 2  # on a busy machine; 0.01 and 0.4 measured
 
 
-def test_table_cards_and_loaders(clip_folder):
-    table = rewards.describe().splitlines()
-    assert len(table) == 1 + len(rewards.REWARDS) and set(rewards.CARDS) == set(rewards.REWARDS)
-    assert all(line.startswith(name + " ") for line, name in zip(table[1:], rewards.REWARDS))
+def test_cards_and_loaders(clip_folder):
+    assert set(rewards.CARDS) == set(rewards.REWARDS) == set(rewards.LOADERS)
     term = rewards.REWARDS["jpeg"]("cpu", torch.float32)
     assert (term.name, term.weight, term.differentiable) == ("jpeg", 1.0, False) and "DDPO" in term.note
     term = rewards.REWARDS["clipscore"]("cpu", torch.float32, path=str(clip_folder))

@@ -1,4 +1,4 @@
-"""rewards.py, diversity of the images of one prompt: the formula, CLIP features, the dreamsim package, messages."""
+"""judges/diversity.py: the formula, CLIP features, the dreamsim package, messages."""
 
 import importlib.util
 import math
@@ -12,7 +12,9 @@ import torch.nn.functional as F
 from test_rewards import pictures, save_clip
 
 import rewards
-from rewards import UsageError, check_diversity, load_diversity
+from judges import diversity
+from judges.diversity import check_diversity, load_diversity
+from rewards import UsageError
 
 ROOT = Path(rewards.__file__).parent
 
@@ -29,18 +31,18 @@ def test_formula_is_the_double_sum_and_one_minus_the_mean_cosine(n):
     e = features / features.norm(dim=-1, keepdim=True)
     double_sum = sum(((e[i] - e[j]) ** 2).sum() for i in range(n) for j in range(n)) / (2 * n * (n - 1))
     pairs = [F.cosine_similarity(e[i], e[j], dim=0) for i in range(n) for j in range(n) if i != j]
-    assert rewards.diversity(features) == pytest.approx(double_sum.item(), abs=1e-12)
-    assert rewards.diversity(features) == pytest.approx(1 - torch.stack(pairs).mean().item(), abs=1e-12)
+    assert diversity.diversity(features) == pytest.approx(double_sum.item(), abs=1e-12)
+    assert diversity.diversity(features) == pytest.approx(1 - torch.stack(pairs).mean().item(), abs=1e-12)
 
 
 def test_known_values():
-    assert rewards.diversity(torch.tensor([[3.0, 4], [6, 8], [0.3, 0.4]])) == pytest.approx(0, abs=1e-7)
-    assert rewards.diversity(torch.eye(5)) == pytest.approx(1)  # orthogonal
-    assert rewards.diversity(torch.tensor([[1.0, 0], [-2, 0]])) == pytest.approx(2)  # opposite
+    assert diversity.diversity(torch.tensor([[3.0, 4], [6, 8], [0.3, 0.4]])) == pytest.approx(0, abs=1e-7)
+    assert diversity.diversity(torch.eye(5)) == pytest.approx(1)  # orthogonal
+    assert diversity.diversity(torch.tensor([[1.0, 0], [-2, 0]])) == pytest.approx(2)  # opposite
     nearly = torch.tensor([[1.0, 0], [1, 1e-4]])  # differences of cosines would lose this in float32
-    assert rewards.diversity(nearly) == pytest.approx(0.5e-8, rel=1e-3)
+    assert diversity.diversity(nearly) == pytest.approx(0.5e-8, rel=1e-3)
     with pytest.raises(ValueError, match="1 image"):
-        rewards.diversity(torch.ones(1, 3))
+        diversity.diversity(torch.ones(1, 3))
 
 
 # ---- CLIP features --------------------------------------------------------------------------------------------------
@@ -52,7 +54,7 @@ def test_diversity_of_clip_features_on_eight_bit_pixels(folder):
     model = CLIPModel.from_pretrained(folder, dtype=torch.float32).eval()
     rounded = (x * 255).round() / 255
     with torch.no_grad():
-        pixels = rewards.normalise_for_clip(rewards.resize_for_clip(rounded, 32))
+        pixels = rewards.clip_input(rounded, 32)
         e = F.normalize(model.get_image_features(pixel_values=pixels).pooler_output.double(), dim=-1)
     found = fn(x.requires_grad_())
     assert type(found) is float and found == pytest.approx(1 - ((e @ e.T).sum().item() - 20) / 380, abs=1e-6)
@@ -64,11 +66,11 @@ def test_diversity_of_clip_features_on_eight_bit_pixels(folder):
 
 def test_it_shares_clipscores_model(folder):
     rewards._clip_model.cache_clear()
-    rewards._load_term.cache_clear(), rewards._embedder.cache_clear()
+    rewards._load_term.cache_clear(), diversity.load_embedder.cache_clear()
     rewards.load("clipscore", paths=folder)
     load_diversity("diversity-clip", "cpu", folder)
     load_diversity("diversity-clip", "cpu", folder)
-    assert rewards._clip_model.cache_info().misses == 1 and rewards._embedder.cache_info().misses == 1
+    assert rewards._clip_model.cache_info().misses == 1 and diversity.load_embedder.cache_info().misses == 1
 
 
 def test_the_embedded_clip_serves():
@@ -109,9 +111,9 @@ def dreamsim(monkeypatch):
     stub = StubDreamsim()
     stub.__spec__ = "something"
     monkeypatch.setitem(sys.modules, "dreamsim", stub)
-    rewards._embedder.cache_clear()
+    diversity.load_embedder.cache_clear()
     yield stub
-    rewards._embedder.cache_clear()
+    diversity.load_embedder.cache_clear()
 
 
 def test_dreamsim_embeds_squashed_images_once_loaded(dreamsim, tmp_path):
@@ -119,7 +121,7 @@ def test_dreamsim_embeds_squashed_images_once_loaded(dreamsim, tmp_path):
     x = pictures(17, 60, 90, seed=2)
     rounded = (x * 255).round() / 255
     squashed = F.interpolate(rounded, (224, 224), mode="bicubic", antialias=True).clamp(0, 1)
-    assert fn(x) == pytest.approx(rewards.diversity(squashed.mean((2, 3)) - 0.2), abs=1e-6)
+    assert fn(x) == pytest.approx(diversity.diversity(squashed.mean((2, 3)) - 0.2), abs=1e-6)
     assert [tuple(batch.shape) for batch in dreamsim.seen] == [(16, 3, 224, 224), (1, 3, 224, 224)]
     load_diversity("dreamsim", "cpu", str(tmp_path))
     assert dreamsim.asked == [(True, "cpu", str(tmp_path))]
@@ -147,7 +149,7 @@ def test_start_up_checks(folder, tmp_path, monkeypatch):
     import huggingface_hub
 
     monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda repo, file: None)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     original = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda n: None if n == "dreamsim" else original(n))
     check_diversity("diversity-clip", folder)

@@ -1,4 +1,4 @@
-"""rewards.py against the reference implementations: the differences, and the tolerances that hold for them.
+"""rewards.py and judges/imagereward.py against the reference implementations: differences and tolerances.
 
 The reference's side is in tests/golden/ (oracle.py made it); here the same random weights are written as a checkpoint
 of the original format and loaded by rewards.py.  test_golden.py asserts every line; `make reference` prints them.
@@ -18,6 +18,7 @@ from reference import recipe
 from safetensors.torch import load_file
 
 import rewards
+from judges import imagereward as blip
 
 GOLDEN = Path(__file__).resolve().parent.parent / "golden"
 
@@ -77,8 +78,8 @@ def clip_ids(tokenizer, prompt):
 
 
 def bert_ids(tokenizer, prompt):
-    """Tokenised as rewards.imagereward does it, without the padding."""
-    return tokenizer(prompt, truncation=True, max_length=rewards.REWARD_TOKENS).input_ids
+    """Tokenised as judges/imagereward.py does it, without the padding."""
+    return tokenizer(prompt, truncation=True, max_length=blip.REWARD_TOKENS).input_ids
 
 
 def save_tokenizers(folder):
@@ -106,9 +107,9 @@ def tokens(folder=None):
 
 
 # ---- reduced models -------------------------------------------------------------------------------------------------
-def reduced(name, dtype, path, **constants):
-    """The reward of a checkpoint with the recipe's sizes: all else (heads, gelu, eps, context) stays rewards.py's."""
-    with mock.patch.multiple(rewards, **{k: getattr(rewards, k) | v for k, v in constants.items()}):
+def reduced(name, dtype, path, module=rewards, **constants):
+    """The reward of a checkpoint with the recipe's sizes: all else (heads, gelu, eps, context) stays its module's."""
+    with mock.patch.multiple(module, **{k: getattr(module, k) | v for k, v in constants.items()}):
         return rewards.REWARDS[name]("cpu", dtype, str(path)).fn
 
 
@@ -175,7 +176,8 @@ def imagereward(folder):
     save_tokenizers(folder)
     path = folder / "blip" / "ImageReward.pt"
     torch.save(recipe.weights(read("shapes.json")["imagereward"]), path)
-    load = partial(reduced, "imagereward", path=path, BLIP_VISION=recipe.BLIP_VISION, BLIP_TEXT=recipe.BLIP_TEXT)
+    sizes = {"BLIP_VISION": recipe.BLIP_VISION, "BLIP_TEXT": recipe.BLIP_TEXT}
+    load = partial(reduced, "imagereward", path=path, module=blip, **sizes)
     expected, images = golden(), recipe.tensor(recipe.pictures())
     yield from lines("imagereward", "float64", load(torch.float64), expected, images, recipe.PROMPTS, 1e-12, 1e-10)
     single, images = load(torch.float32), images.float()
