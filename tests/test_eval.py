@@ -11,6 +11,7 @@ import random
 import signal
 import subprocess
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,10 @@ from torch import tensor
 
 import common
 import eval as evaluation
+import eval_files
+import harness
 import rewards
+from judges import diversity, geneval
 
 TINY = ["--preset", "tiny", "--steps", "3", "--device", "cpu", "--diversity", "none", "--gallery-mb", "0"]
 PROMPTS = ["a red circle", "two blue squares", "a green triangle above a red square"]
@@ -60,11 +64,11 @@ def world(tmp_path_factory, prompts):
     root, policies = tmp_path_factory.mktemp("runs"), {}
     for preset in ("tiny-sd15", "tiny"):
         args = evaluation.parse_args([*TINY, "--preset", preset, "--prompts", prompts])
-        run = common.Run(root, torch.device("cpu"), torch.float32, rank=0, world=1)
-        policies[preset] = policy = common.Policy(args, run)
+        run = harness.Run(root, torch.device("cpu"), torch.float32, rank=0, world=1)
+        policies[preset] = policy = harness.load_policy(args, run)
         plain = copy.deepcopy(policy.net)
         args.lora_rank, args.lora_alpha, args.lora_targets = 2, 4, "attention+mlp"
-        common.add_lora(policy, args)
+        harness.add_lora(policy, args)
         for name, scale in (("zero", 0.0), ("strong", 0.3)):
             torch.manual_seed(1)
             for key, p in policy.net.named_parameters():
@@ -72,7 +76,7 @@ def world(tmp_path_factory, prompts):
                     p.data = scale * torch.randn(p.shape)
             run.dir = root / (name if preset == "tiny" else f"{name}15")
             for epoch in (1, 2):
-                common.save(run, args, policy, epoch, {}, None)
+                harness.save(run, policy, epoch, {}, None)
         policy.net = plain  # for check_lora
     return root, policies
 
@@ -112,7 +116,7 @@ def test_paired_difference():
     assert summary["base"]["r"] == {"mean": 5.0, "se": pytest.approx(4 / math.sqrt(3))}
     assert summary["L"]["r"] == {"mean": 7.0, "se": pytest.approx(5 / math.sqrt(3)), "difference": 2.0,
                                  "difference_se": pytest.approx(1 / math.sqrt(3))}  # fmt: skip
-    assert evaluation.table(summary).splitlines()[2:] == [
+    assert eval_files.table(summary).splitlines()[2:] == [
         "| base     | 5.0000 ± 2.3094  |",
         "| L        | 7.0000 ± 2.8868  |",
         "| L - base | +2.0000 ± 0.5774 |",
@@ -143,25 +147,25 @@ def test_mean_over_tags():
     found = evaluation.mean_over_tags(by_tag, "L", "geneval")
     assert found["difference"] == 0.375 and found["difference_se"] == pytest.approx(math.sqrt(0.5**2 + 0.25**2) / 2)
     summary = {model: {"geneval": evaluation.mean_over_tags(by_tag, model, "geneval")} for model in scores}
-    text = evaluation.tables(summary, by_tag)
+    text = eval_files.tables(summary, by_tag)
     assert "geneval by tag:" in text and "| overall " in text and text.count("0.6250 ± 0.2795") == 2
 
 
 def test_geneval_overall_is_the_official_score():
     choose = random.Random(0)
-    tags = [t for t, n in zip(rewards.GENEVAL_TAGS, (3, 4, 5, 2, 6, 3)) for _ in range(n)]
+    tags = [t for t, n in zip(geneval.TAGS, (3, 4, 5, 2, 6, 3)) for _ in range(n)]
     values = tensor([[float(choose.random() < 0.6) for _ in range(4)] for _ in tags], dtype=torch.float64)
     by_tag = evaluation.summarise_tags({"base": {"geneval": values}}, tags, list(range(len(tags))))
-    want = rewards.geneval_score(values.flatten().tolist(), [t for t in tags for _ in range(4)])
+    want = geneval.score(values.flatten().tolist(), [t for t in tags for _ in range(4)])
     assert evaluation.mean_over_tags(by_tag, "base", "geneval")["mean"] == pytest.approx(want["overall"])
-    for tag in rewards.GENEVAL_TAGS:
+    for tag in geneval.TAGS:
         assert by_tag[tag]["base"]["geneval"]["mean"] == pytest.approx(want[tag])
 
 
 def test_one_prompt_has_no_error():
     summary = evaluation.summarise({"base": {"r": tensor([[1.0, 2.0]])}, "L": {"r": tensor([[3.0, 4.0]])}})
     assert summary["base"]["r"] == {"mean": 1.5, "se": None}
-    assert "| +2.0000 ± - |" in evaluation.table(summary) and "nan" not in json.dumps(summary).lower()
+    assert "| +2.0000 ± - |" in eval_files.table(summary) and "nan" not in json.dumps(summary).lower()
 
 
 # ---- sampling -------------------------------------------------------------------------------------------------------
@@ -245,11 +249,11 @@ def test_files(result, world):
             assert entry["se"] == pytest.approx(per_prompt.std().item() / math.sqrt(3))
     for entry in found["per_prompt"]:
         for model, files in entry["files"].items():
-            pixels = [evaluation.read_image(out / file) for file in files]
-            rescored = probe(torch.stack(pixels), None).tolist()  # the scores are those of the files
+            pixels = eval_files.read_images([out / file for file in files])
+            rescored = probe(pixels, None).tolist()  # the scores are those of the files
             assert entry["images"][model][PROBE] == pytest.approx(rescored, abs=1e-6)
     text = (out / "results.md").read_text()
-    assert evaluation.table(found["summary"]) in text and found["command"] in text
+    assert eval_files.table(found["summary"]) in text and found["command"] in text
     assert Image.open(out / "grid.png").size == (3 * (96 + 14), 3 * (96 + 40))  # a row per model, a column per prompt
 
 
@@ -263,14 +267,14 @@ def test_results_are_not_overwritten_unasked(result, world, prompts, capsys):
 
 # ---- kill and continue ----------------------------------------------------------------------------------------------
 def drawn(monkeypatch):
-    """Counts the images that pass through the sampler."""
-    count, plain = [], common.rollout
+    """The images that are drawn: their prompts."""
+    count, plain = [], common.sample_noise
 
-    def counting(policy, grid, cond, prompts, *rest, **more):
-        count.extend(prompts)
-        return plain(policy, grid, cond, prompts, *rest, **more)
+    def counting(seed, epoch, indices, *rest):
+        count.extend(PROMPTS[int(index.split("/")[0])] for index in indices)
+        return plain(seed, epoch, indices, *rest)
 
-    monkeypatch.setattr(common, "rollout", counting)
+    monkeypatch.setattr(common, "sample_noise", counting)
     return count
 
 
@@ -283,7 +287,7 @@ def test_finished_is_not_made_again(world, prompts, tmp_path, monkeypatch):
     assert len(count) == 4
     count.clear()
     with monkeypatch.context() as m:
-        m.setattr(common, "Policy", None)
+        m.setattr(harness, "load_policy", None)
         m.setattr(rewards, "load", None)
         again = main(*argv, "--rewards", PROBE)
     assert again["summary"] == first["summary"] and again["per_prompt"] == first["per_prompt"]
@@ -316,18 +320,26 @@ def test_a_change_of_a_rewards_code_needs_new_scores_alone(prompts, tmp_path, mo
     count, plain = drawn(monkeypatch), evaluation.code_of
     monkeypatch.setattr(evaluation, "code_of", lambda name: [*plain(name), "changed"])
     monkeypatch.setattr(sys.modules[__name__], "probe", lambda images, prompts, metadata: images.mean((1, 2, 3)))
+    rewards._load_term.cache_clear()  # in a new process it would be empty
     second = main(*argv)
+    rewards._load_term.cache_clear()
     assert count == [] and second["key"] == first["key"] and first["summary"] != second["summary"]
+
+
+def test_the_code_of_a_reward_is_the_contract_and_its_own_file():
+    files = {"geneval": "judges/geneval.py", "ocr": "judges/ocr.py", "jpeg": "rewards.py", PROBE: "tests/test_eval.py"}
+    for reward, file in (files | {"diversity-clip": "judges/diversity.py"}).items():
+        both = [evaluation.file_digest(harness.HERE / name) for name in ("rewards.py", file)]
+        assert evaluation.code_of(reward) == both, reward
 
 
 def test_a_model_on_the_hub_is_known_by_its_commit(monkeypatch):
     import huggingface_hub
 
     at = "/cache/models--a--b/snapshots/0a1b2c/model_index.json"
-    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda repo, file: at)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda repo, file: at)
     args = type("Args", (), {"model_path": "a/b"})()
     assert evaluation.model_identity(args) == ["a/b", "0a1b2c"]
-    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda repo, file: None)
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda repo, file: at.replace("0a1b2c", "ffff"))
     assert evaluation.model_identity(args) == ["a/b", "ffff"]
 
@@ -337,7 +349,7 @@ def test_stopped_says_how_to_go_on(problem, prompts, tmp_path, monkeypatch, caps
     def fail(*_, **__):
         raise problem
 
-    monkeypatch.setattr(evaluation, "save_image", fail)
+    monkeypatch.setattr(eval_files, "save_image", fail)
     with pytest.raises(KeyboardInterrupt if isinstance(problem, KeyboardInterrupt) else SystemExit) as stop:
         main("--prompts", prompts, "--rewards", PROBE, "--num-prompts", 1, "--out", tmp_path)
     assert "the same command goes on from there" in capsys.readouterr().err + str(stop.value)
@@ -379,7 +391,7 @@ def test_killed_and_continued(world, prompts, tmp_path, monkeypatch):
         f.write('{"of": "base-0123456789ab/00000-00')  # as if the kill had come while a line was written
     count = drawn(monkeypatch)
     rest = main(*argv, "--out", tmp_path / "killed")
-    assert [p.text for p in count] == PROMPTS  # of the second model: its first batch as a whole, for the same bits
+    assert count == PROMPTS  # of the second model: its first batch as a whole, for the same bits
     assert rest["summary"] == whole["summary"] and rest["per_prompt"] == whole["per_prompt"]
     for file in (tmp_path / "whole").rglob("images/*/*.png"):
         same = tmp_path / "killed" / file.relative_to(tmp_path / "whole")
@@ -422,14 +434,14 @@ def test_diversity(world, prompts, tmp_path, monkeypatch):
     argv = ["--lora", root / "zero", "--prompts", prompts, "--rewards", PROBE, "--images-per-prompt", 3]
     argv += ["--out", tmp_path]
     found = main(*argv, "--diversity", "diversity-clip")
-    measure = rewards.load_diversity("diversity-clip", "cpu", str(Path(evaluation.HERE) / "tiny" / "clip"))
+    measure = diversity.load_diversity("diversity-clip", "cpu", str(harness.HERE / "tiny" / "clip"))
     for entry in found["per_prompt"]:
-        pixels = torch.stack([evaluation.read_image(tmp_path / file) for file in entry["files"]["base"]])
+        pixels = eval_files.read_images([tmp_path / file for file in entry["files"]["base"]])
         assert entry["mean"]["base"]["diversity-clip"] == pytest.approx(measure(pixels), abs=1e-6) != 0
         assert list(entry["images"]["base"]) == [PROBE]
     summary = found["summary"]["zero"]["diversity-clip"]
     assert summary["difference"] == 0 and summary["mean"] == found["summary"]["base"]["diversity-clip"]["mean"]
-    monkeypatch.setattr(rewards, "load_diversity", None)
+    monkeypatch.setattr(diversity, "load_diversity", None)
     assert main(*argv, "--diversity", "diversity-clip")["summary"] == found["summary"]
 
 
@@ -489,7 +501,7 @@ def test_decline(world, prompts, tmp_path):
     assert list(panel["declines"]) == ["a"]
     decline = {"best_epoch": 3, "fall": pytest.approx(0.475), "fall_se": pytest.approx(0.025)}
     assert panel["declines"]["a"] == decline
-    evaluation.draw_panel(panel, ["a"], tmp_path / "panel.png")
+    eval_files.draw_panel(panel, tmp_path / "panel.png")
 
 
 PANEL_BAD = {
@@ -522,7 +534,7 @@ def test_names_of_a_lora(world, tmp_path):
     copied = tmp_path / "mine.safetensors"
     save_file(load_file(last / evaluation.LORA_FILE), copied)
     given = [run, last, run / "checkpoints" / "epoch_0001", last / evaluation.LORA_FILE, copied]
-    found = evaluation.find_loras(list(map(str, given)), "flow")
+    found = evaluation.find_loras(Namespace(lora=list(map(str, given)), backbone=common.SD35, panel=""))
     first, old = last / evaluation.LORA_FILE, run / "checkpoints" / "epoch_0001" / evaluation.LORA_FILE
     assert found == {"strong": first, "strong'": first, "strong/epoch_0001": old, "strong''": first, "mine": copied}
 
@@ -570,7 +582,7 @@ def test_a_lora_that_does_not_fit_ends_with_2_before_sampling(world, prompts, tm
     monkeypatch.setattr(sys, "argv", argv)
     monkeypatch.setattr(common, "rollout", None)  # would raise if it came to that
     with pytest.raises(SystemExit) as stop:
-        common.run_main(evaluation.main, evaluation.parse_args, rewards.UsageError)
+        harness.run_main(evaluation.main, evaluation.parse_args, rewards.UsageError)
     error = capsys.readouterr().err.strip()
     assert stop.value.code == 2 and error.startswith("eval.py: error: --lora bad") and error.count("\n") == 0
     assert words[0] in error and not (tmp_path / "out").exists()
@@ -623,7 +635,7 @@ def test_bad_input(flags, world, prompts, capsys):
     save_file({}, root / "empty.safetensors")
     (root / "other").mkdir(exist_ok=True)
     (root / "other" / "results.json").write_text('{"key": "of an older one"}')
-    clip = Path(evaluation.HERE) / "tiny" / "clip"
+    clip = harness.HERE / "tiny" / "clip"
     flags_ = flags.format(root=root, prompts=prompts, other=root / "other", clip=clip)
     argv = [*TINY, "--prompts", prompts, *flags_.split(" ")]
     with pytest.raises(SystemExit) as stop:
@@ -658,10 +670,10 @@ def test_protocols():
     """Sizes of the papers' protocols, of the files that are shipped."""
     sizes = {"vmpo-table1": (100, 10), "sd35-ocr": (1018, 1), "geneval": (553, 4), "hpdv2-test": (400, 1)}
     for preset, (count, per_prompt) in sizes.items():
-        found = common.load_prompts(evaluation.PRESETS[preset]["prompts"])
+        found = harness.load_prompts(evaluation.PRESETS[preset]["prompts"])
         assert len(found) == count and evaluation.PRESETS[preset]["images_per_prompt"] == per_prompt
-    tags = [p.metadata["tag"] for p in common.load_prompts(evaluation.PRESETS["geneval"]["prompts"])]
-    assert sorted(set(tags)) == sorted(rewards.GENEVAL_TAGS)
+    tags = [p.metadata["tag"] for p in harness.load_prompts(evaluation.PRESETS["geneval"]["prompts"])]
+    assert sorted(set(tags)) == sorted(geneval.TAGS)
 
 
 def test_help(capsys):
