@@ -1,30 +1,43 @@
 """GRPO: group-relative policy optimisation of a sampler's steps, and its zeroth-order relatives.
-Papers: Liu et al., "Flow-GRPO", arXiv 2505.05470 (code: github.com/yifan123/flow_grpo);  Black et al., DDPO, 2305.13301;
-       Fan et al., DPOK, 2305.16381;  Xue et al., DanceGRPO, 2505.07818;  MixGRPO, 2507.21802;  GRPO-Guard, 2510.22319;
-       PCPO (as in the code of Reward Score Matching, 2604.17415);  Dr.GRPO, 2503.20783
+Papers: Liu et al., "Flow-GRPO", arXiv 2505.05470;  Black et al., DDPO, 2305.13301;
+       Fan et al., DPOK, 2305.16381;  Xue et al., DanceGRPO, 2505.07818;
+       MixGRPO, 2507.21802;  GRPO-Guard, 2510.22319;  Dr.GRPO, 2503.20783;
+       PCPO, as in the code of Reward Score Matching (RSM, 2604.17415).  Equation
+       numbers: RSM and VMPO (2602.12229) write most of these losses in one notation
+Official code: github.com/yifan123/flow_grpo (Flow-GRPO, Fast, Guard)
 
-Idea:  denoising is a decision process: a state is (c, t, x_t), an action is the next latent x_s, a step's policy is the
-       Gaussian p_theta(x_s | x_t) of a stochastic sampler, and the one reward r(x_0) comes at the end.  All methods here
-       raise the log-probability of the actions of good images, relative to the other images of the prompt, and differ in
-       how a step's log-ratio to the behaviour policy enters, in what holds the policy, and in which steps are stochastic.
+Idea:  denoising is a decision process: a state is (c, t, x_t), an action is the
+       next latent x_s, a step's policy is the Gaussian p_theta(x_s | x_t) of a
+       stochastic sampler, and the one reward r(x_0) comes at the end.  All methods
+       here raise the log-probability of the actions of good images, relative to the
+       other images of the prompt, and differ in how a step's log ratio to the
+       behaviour policy enters, in what holds the policy, and in which steps are
+       stochastic.
 Algorithm, one epoch (the loop below repeats the numbers):
-  1 rollout     K images per prompt with theta_old; SDE steps inside the window, ODE steps outside; keep x_t, z, o_old
+  1 rollout     K images per prompt with theta_old; SDE steps inside the window, ODE
+                steps outside; keep x_t, the draws z, the outputs o_old
   2 reward      r(x_0)
-  3 advantage   A = (r - mean) / (std + 1e-4) of the group, or a relative                      Flow-GRPO Eq. 4
+  3 advantage   A = (r - mean) / (std + 1e-4) of the group,
+                or a relative                                           Flow-GRPO Eq. 4
   4 update      for each SDE transition, shuffled over samples and steps:
-     4a         log ratio = log p_theta(x_s | x_t) - log p_old(x_s | x_t)                       from z and the outputs
-     4b         the loss: REINFORCE, DDPO / GRPO, EPG, PCPO or Guard                            docs/grpo.md
-     4c         + beta KL, on the outputs or the means;  AdamW
+     4a         lambda = log p_theta(x_s | x_t) - log p_old(x_s | x_t),
+                from the draws and the outputs                          RSM Eq. 101
+     4b         the loss: REINFORCE, DDPO / GRPO,                       VMPO Eq. 18, 21
+                EPG, PCPO or Guard                                      RSM Eq. 105, 100
+     4c         + beta KL, on the means or the outputs;  AdamW          VMPO Eq. 22
   5 log, checkpoint, evaluation with the same noise every time
-Differs from the papers: nowhere in the losses.  DDPO's running per-prompt statistics are replaced by those of the
-       epoch's group.  From public code: the old log-probs are the rollout's own, never theta's; those of CPS are
-       log-densities (public code leaves 1 / 2 sigma^2 out); a group is an integer, not a text; Guard's bias is per
-       sample (public code averages it over the batch); a window of SDE steps lasts an epoch, not a call of the
-       sampler; log ratios lose no digits.
-Run:   python grpo.py --preset tiny-sd15                  # embedded model, CPU, minutes, no downloads
-       python grpo.py --preset vmpo-baseline-sd15-hpsv2   # the GRPO row of VMPO's Table 1, one GPU
+Differs from the papers: nowhere in the losses.  DDPO's running per-prompt statistics
+       are replaced by those of the epoch's group.
+Differs from public code: the old log-probs are the rollout's own, never theta's;
+       those of CPS are log-densities (theirs leave 1 / 2 sigma^2 out); a group is an
+       integer, not a text; Guard's bias is per sample (theirs is averaged over the
+       batch); a window of SDE steps lasts an epoch, not a call of the sampler; log
+       ratios lose no digits.
+Run:   python grpo.py --preset tiny-sd15        # embedded model, CPU, minutes, no downloads
+       python grpo.py --preset vmpo-baseline-sd15-hpsv2     # the GRPO row of VMPO's Table 1
        torchrun --nproc-per-node 8 grpo.py --preset flowgrpo-sd35-ocr
-Port:  copy the functions under "method": tensors in, tensors out.
+Port:  copy the functions under "method": tensors in, tensors out; see docs/port.md.
+       Details of the methods: docs/grpo.md
 """
 
 import dataclasses
@@ -32,301 +45,386 @@ import dataclasses
 import torch
 
 import common
+import harness
 import rewards
+from harness import need
 
-TINY = common.TINY | dict(loss="grpo", adv_norm="group", kl="mean", kl_anchor="ref", beta=0.05)
-SD35 = dict(model="sd3.5-medium", num_prompts=48, group_size=24, steps=10, eval_steps=40, cfg=4.5, noise_level=0.7,
-            lora_rank=32, lora_alpha=64, max_sequence_length=128, adv_norm="global", kl="mean-nodt", kl_anchor="ref",
-            beta=0.04, ema_decay=0.9, micro_batch_size=4)  # fmt: skip
+TINY = harness.TINY | dict(loss="grpo", adv_norm="group", kl="mean", kl_anchor="ref", beta=0.05)
+SD35 = dict(
+    model="sd3.5-medium", num_prompts=48, group_size=24, steps=10, eval_steps=40,
+    cfg=4.5, noise_level=0.7, lora_rank=32, lora_alpha=64, ema_decay=0.9,
+    adv_norm="global", kl="mean-nodt", kl_anchor="ref", beta=0.04,
+    max_sequence_length=128, micro_batch_size=4,
+)  # fmt: skip
 OCR = SD35 | dict(reward="ocr", prompts="prompts/ocr_train.txt", eval_prompts="prompts/ocr_test.txt")
 PRESETS = {
     # DDPO, Section 5: aesthetic reward, 45 animals, 256 images and 4 updates an epoch; no KL
-    "ddpo-sd15": dict(loss="ddpo", reward="aesthetic", prompts="prompts/simple_animals.txt", num_prompts=16, group_size=16, updates_per_epoch=4, adv_norm="group", kl="none", epochs=100),
-    # Flow-GRPO: SD3.5-M, text rendering and GenEval; KL coefficients of the released configuration
+    "ddpo-sd15": dict(
+        loss="ddpo", reward="aesthetic", prompts="prompts/simple_animals.txt",
+        num_prompts=16, group_size=16, updates_per_epoch=4, adv_norm="group", kl="none", epochs=100,
+    ),
+    # Flow-GRPO: SD3.5-M, text rendering and GenEval; KL weight of the released configuration
     "flowgrpo-sd35-ocr": OCR,
-    "flowgrpo-sd35-geneval": SD35 | dict(reward="geneval-reward-flowgrpo", prompts="prompts/geneval_train.jsonl", eval_prompts="prompts/geneval_official.jsonl", eval_rewards="geneval"),
-    # Flow-GRPO-Fast as released for SD3.5 without guidance: three CPS steps in the noisy half, no KL.  Its 1e-5 clips a
-    # log-prob without our 1 / 2 sigma^2; in steps 0-4 2 sigma^2 is 1.67 ... 0.91, so 1e-5 is nearly the same here
-    "flowgrpo-fast": OCR | dict(kernel="cps", sde_window=3, sde_window_mode="random", sde_window_range=[0, 5], noise_level=0.8, cfg=1.0, kl="none", clip_range=1e-5),
+    "flowgrpo-sd35-geneval": SD35 | dict(
+        reward="geneval-reward-flowgrpo", prompts="prompts/geneval_train.jsonl",
+        eval_prompts="prompts/geneval_official.jsonl", eval_rewards="geneval",
+    ),
+    # Flow-GRPO-Fast as released for SD3.5 without guidance: three CPS steps in the noisy half,
+    # no KL.  Its 1e-5 clips a log-prob without our 1 / 2 sigma^2; in steps 0-4 2 sigma^2 is
+    # 1.67 ... 0.91, so that 1e-5 is nearly the same here
+    "flowgrpo-fast": OCR | dict(
+        kernel="cps", noise_level=0.8, cfg=1.0, kl="none", clip_range=1e-5,
+        sde_window=3, sde_window_mode="random", sde_window_range=[0, 5],
+    ),
     # GRPO-Guard: released configuration
     "guard": OCR | dict(loss="guard", clip_range=2e-6, lr=1e-4, kl="none", adv_norm="group"),
     # PCPO on SD1.5: the baseline configuration of Reward Score Matching's code
-    "pcpo-sd15": dict(loss="pcpo", num_prompts=8, group_size=16, adv_norm="group", kl="none", lora_rank=16, lora_alpha=16, epochs=300),
-    # the GRPO rows of VMPO's Tables 1 and 2: Flow-GRPO's code with groups of 8, everything else as VMPO (App. D)
-    "vmpo-baseline-sd15-hpsv2": dict(eval_prompts="prompts/benchmark_ir.txt"),  # the defaults are this experiment
+    "pcpo-sd15": dict(
+        loss="pcpo", num_prompts=8, group_size=16, adv_norm="group", kl="none",
+        lora_rank=16, lora_alpha=16, epochs=300,
+    ),
+    # the GRPO rows of VMPO's Tables 1 and 2: Flow-GRPO's code with groups of 8, the rest as
+    # VMPO (App. D); the defaults
+    "vmpo-baseline-sd15-hpsv2": dict(eval_prompts="prompts/benchmark_ir.txt"),
     # the embedded models: coloured shapes on a CPU (ours; docs/grpo.md)
     "tiny": TINY | dict(model="tiny-sd35", train_fraction=0.6, lr=4e-4, epochs=200),
     "tiny-sd15": TINY | dict(model="tiny-sd15", train_fraction=0.7, lr=1e-3, epochs=120),
-}
+}  # fmt: skip
+METRICS = harness.Metrics(
+    means=[
+        "loss/total", "loss/policy", "loss/kl", "kl/ref",
+        "ratio/mean", "ratio/clip_frac", "ratio/approx_kl",
+        "adv/mean", "adv/zero_std_frac", "adv/clip_frac",
+    ],
+    stds=("adv/mean",),
+    tops=("ratio/max", "ratio/start_deviation"),
+    more=("window/first", "grad/norm"),
+)  # fmt: skip
 
 
 def parse_args(argv=None):
-    parser = common.make_parser(__doc__, "grpo")
-    g = parser.add_argument_group("method")
-    g.add_argument("--loss", default="grpo", choices=["reinforce", "ddpo", "grpo", "epg", "pcpo", "guard"], help="of a transition: reinforce = -A log p (DPOK: with --kl mean); ddpo = clipped ratio, no KL (DDPO-IS); grpo = the same clipped ratio, KL allowed; epg = -sg[ratio] A log p; pcpo = clipped log ratio; guard = clipped normalised ratio (GRPO-Guard)")
-    g.add_argument("--adv-norm", default="global", choices=["group", "global", "none", "rloo", "raw"], help="A: (r - group mean) / group std (GRPO), / std of all rewards of the epoch (Flow-GRPO), / 1 (Dr.GRPO; VMPO Eq. 20), r - mean of the others, or r itself (REINFORCE)")
-    g.add_argument("--adv-clip", type=float, default=5.0, help="A is clipped to +- this (DDPO, Flow-GRPO: 5)")
-    g.add_argument("--clip-range", type=float, default=1e-4, help="xi: clip range of the ratio, or of the log ratio for pcpo (Flow-GRPO, DDPO: 1e-4 for mean log-probs; Fast: 1e-5, on CPS log-probs without 1 / 2 sigma^2; Guard: 2e-6)")
-    g.add_argument("--fair-clip", default="none", choices=["none", "sigma2", "guard"], help="clip the log ratio at xi / sigma_t^2 instead of xi (RSM Eq. 24); guard also weights the row by sigma_t / dt")
-    g.add_argument("--kl", default="mean", choices=["none", "mean", "mean-nodt", "velocity", "implicit", "implicit-sum"], help="mean = KL of the steps' Gaussians, ||d mu||^2 / 2 sigma^2; mean-nodt = / 2 g^2, i.e. times dt (Flow-GRPO's code, flow models only); velocity = mean ||o - o_anchor||^2 (AWM); implicit = r - beta log(p_old / p_ref) of the step as its reward (VMPO Eq. 23), implicit-sum = of all trained steps")
-    g.add_argument("--kl-anchor", default="old", choices=["ref", "old"], help="KL to the pretrained model (Flow-GRPO) or to the rollout's policy (VMPO's App. D)")
-    g.add_argument("--beta", type=float, default=1.0, help="weight of the KL, in units of A (Flow-GRPO: 0.04 GenEval and OCR, 0.01 PickScore, all mean-nodt; VMPO's App. D: 1 to old)")
-    g.add_argument("--sde-window", type=int, default=0, help="number of consecutive stochastic steps, which alone are trained; the others are ODE steps (Flow-GRPO-Fast: 2 or 3, MixGRPO: 4); 0 = all steps stochastic")
-    g.add_argument("--sde-window-mode", default="fixed", choices=["fixed", "random", "progressive"], help="window at the start of its range, anew at random every --sde-window-every epochs (Fast), or moving on by one step (MixGRPO)")
-    g.add_argument("--sde-window-range", type=int, nargs=2, metavar=("FIRST", "END"), help="steps in which the window lies (Flow-GRPO-Fast: 0 to half of the steps); default: the trained steps")
-    g.add_argument("--sde-window-every", type=int, default=1, help="epochs between two windows (MixGRPO: 25)")
-    g.add_argument("--pcpo-weights", default="auto", choices=["auto", "none", "zeta", "public", "loss-only"], help="pcpo: w_t of the log ratio; zeta = zeta dt (flow); public = sampler with sigma~ and a constant weight (SD1.5); loss-only = native sampler, w_t replaced by its mean; auto = zeta or public")
-    g.add_argument("--pcpo-zeta", type=float, help="pcpo: pins zeta (public code: 4.3152); default: sum w / sum dt over the trained steps of the actual grid")
-    g.add_argument("--pcpo-w", type=float, default=4.5, help="pcpo: W of the sampler's sigma~ (public code: 4.5)")
-    common.add_args(parser)
+    parser = harness.make_parser(__doc__, "grpo")
+    flag = harness.flags(parser, "method")
+    losses = ["reinforce", "ddpo", "grpo", "epg", "pcpo", "guard"]
+    flag("--loss", "grpo", losses, "reinforce: DPOK; ddpo: DDPO-IS; grpo: Flow-, Dr.GRPO (docs/grpo.md)")
+    norms = ["group", "global", "none", "rloo", "raw"]
+    flag("--adv-norm", "global", norms, "under A: std of the group (GRPO), of all (Flow-GRPO), 1 (Dr.GRPO)")
+    flag("--adv-clip", 5.0, "float > 0 or inf", "A is clipped to +- this (DDPO, Flow-GRPO: 5)")
+    flag("--clip-range", 1e-4, "float > 0 or inf", "xi (DDPO, Flow-GRPO: 1e-4, of mean log-probs)")
+    fair = ["none", "sigma2", "guard"]
+    flag("--fair-clip", "none", fair, "xi / sigma_t^2 for xi (RSM Eq. 24); guard: and weight sigma_t / dt")
+    terms = ["none", "mean", "mean-nodt", "velocity", "implicit", "implicit-sum"]
+    flag("--kl", "mean", terms, "of the Gaussians; times dt (Flow-GRPO); of o (AWM); in r (VMPO Eq. 23)")
+    flag("--kl-anchor", "old", ["ref", "old"], "KL to the reference (Flow-GRPO) or the rollout's policy (VMPO)")
+    flag("--beta", 1.0, "float >= 0", "weight of the KL, in units of A (Flow-GRPO: 0.04; VMPO: 1)")
+    flag("--sde-window", 0, "int >= 0", "stochastic, trained steps (Fast: 2-3, MixGRPO: 4); 0 = all")
+    modes = ["fixed", "random", "progressive"]
+    flag("--sde-window-mode", "fixed", modes, "at its first place, at random (Fast), moving on (MixGRPO)")
+    places = dict(nargs=2, metavar=("FIRST", "END"))
+    flag("--sde-window-range", None, "int >= 0", "where it may lie (Fast: noisy half); default: trained", **places)
+    flag("--sde-window-every", 1, "int >= 1", "epochs between two windows (MixGRPO: 25)")
+    weights = ["auto", "none", "zeta", "public", "loss-only"]
+    flag("--pcpo-weights", "auto", weights, "pcpo: w~_t (RSM Eq. 109); auto = zeta (flow) or public")
+    flag("--pcpo-zeta", None, "float > 0", "pcpo: zeta (public code: 4.3152; default: the grid's)")
+    flag("--pcpo-w", 4.5, "float > 0", "pcpo: W of the sampler's sigma~ (public code: 4.5)")
+    harness.add_args(parser)
     parser.set_defaults(num_prompts=16, group_size=8)
-    return common.parse(parser, PRESETS, argv, rewards, check, sizes)
+    return harness.parse(parser, PRESETS, argv, rewards, check, sizes)
 
 
-def check(args):
-    if args.pcpo_weights == "auto":
-        args.pcpo_weights = "zeta" if args.kind == "flow" else "public"
-    if args.group_size < 2 and args.adv_norm != "raw":
-        raise common.UsageError(f"--adv-norm {args.adv_norm} compares the images of a prompt, --group-size is {args.group_size}; use 2 or more, or --adv-norm raw")
-    if args.loss == "ddpo" and args.kl != "none":
-        raise common.UsageError(f"--loss ddpo has no KL term, --kl is {args.kl}; use --loss grpo, which is the same with one, or --kl none")
-    if args.loss == "reinforce" and args.updates_per_epoch * args.inner_epochs > 1:
-        raise common.UsageError(f"--loss reinforce is on-policy, {args.updates_per_epoch * args.inner_epochs} updates per rollout are not; use --updates-per-epoch 1 --inner-epochs 1, or --loss epg")
-    if args.kl == "mean-nodt" and args.kind == "eps":
-        raise common.UsageError(f"--kl mean-nodt needs a flow model (g_t of its SDE), --model {args.model} is not one; use mean")
-    if args.fair_clip != "none" and args.loss not in ("grpo", "ddpo", "pcpo"):
-        raise common.UsageError(f"--fair-clip {args.fair_clip} does not go with --loss {args.loss}; use grpo or pcpo")
-    if args.pcpo_weights == "zeta" and args.kind == "eps" or args.pcpo_weights == "public" and args.kind == "flow":
-        raise common.UsageError(f"--pcpo-weights {args.pcpo_weights} does not fit --model {args.model}; use {'public or loss-only' if args.kind == 'eps' else 'zeta'}")
-    common.check_above_zero(args, "clip_range", "adv_clip", "pcpo_w")
-    common.check_not_negative(args, "beta")
-    if args.pcpo_zeta is not None:
-        common.check_above_zero(args, "pcpo_zeta")
-    if not args.sde_window and (useless := [flag for flag in args.argv if flag.startswith("--sde-window-")]):
-        raise common.UsageError(f"{useless[0]} does nothing with --sde-window 0; give a window of 1 or more steps, or leave it out")
-    if args.sde_window < 0 or args.sde_window_every < 1:
-        raise common.UsageError(f"--sde-window {args.sde_window} every {args.sde_window_every} epochs is impossible; use 0 or more steps, every 1 or more")
-    args.sde_window_range = args.sde_window_range or [0, args.train_steps]
-    first, end = args.sde_window_range
-    if args.sde_window and not 0 <= first < first + args.sde_window <= end <= args.train_steps:
-        raise common.UsageError(f"--sde-window {args.sde_window} does not fit into steps {first} to {end} of the {args.train_steps} trained ones; use a smaller window or another --sde-window-range")
-    common.check_updates(args, args.num_prompts * args.group_size * (args.sde_window or args.train_steps))
-    if args.loss in ("ddpo", "grpo", "pcpo"):
-        common.warn_of_clip_range(args)
-    if args.kl in ("mean", "mean-nodt", "velocity") and args.kl_anchor == "old" and args.updates_per_epoch * args.inner_epochs == 1:
-        print("note: --kl-anchor old with one update per rollout is a KL of a policy to itself, identically 0; for a KL that acts use --kl-anchor ref")
-
-
-def sizes(args) -> dict[str, str]:
-    """The lines of --dry-run."""
-    samples, train = args.num_prompts * args.group_size, args.sde_window or args.train_steps
-    passes = 2 if args.cfg != 1 else 1
-    return {
-        "samples per epoch": f"{samples} = {args.num_prompts} prompts x {args.group_size}",
-        "stochastic steps": f"{args.sde_window} of {args.steps}, {args.sde_window_mode}" if args.sde_window else f"all {args.steps}",
-        "network evaluations per epoch": f"{samples * args.steps * passes} in the rollout, {samples * train * passes * needs_reference(args)} of the reference, {samples * train * args.inner_epochs * passes} with gradient",
-        "decodes and reward evaluations per epoch": f"{samples} images",
-        "transitions per epoch": f"{samples * train}, {samples * train // args.updates_per_epoch} per update",
-        "updates": f"{args.updates_per_epoch * args.inner_epochs} per epoch, {args.updates_per_epoch * args.inner_epochs * args.epochs} in all",
-    }
-
-
-def needs_reference(args) -> bool:
-    return args.kl.startswith("implicit") or args.kl != "none" and args.kl_anchor == "ref"
-
-
-# ---- method: pure functions of tensors ------------------------------------------------------------------------------
+# ---- method: pure functions of tensors ---------------------------------------
 def reinforce_loss(adv: torch.Tensor, log_ratio: torch.Tensor) -> torch.Tensor:
-    """-A log p_theta up to a constant, (B,).  DDPO-SF, DPOK: strictly on-policy."""
+    """-A log p_theta up to a constant, (B,).  DDPO-SF, DPOK; VMPO Eq. 18."""
+    # the gradient is that of log p_theta; nothing corrects for draws of an older policy
     return -adv * log_ratio
 
 
 def clipped_loss(adv: torch.Tensor, log_ratio: torch.Tensor, clip_range) -> torch.Tensor:
-    """max(-A ratio, -A clip(ratio, 1 - xi, 1 + xi)), (B,); xi a number or (B,).  PPO, DDPO-IS, (Flow-, Dr., Dance)GRPO."""
+    """max(-A ratio, -A clip(ratio, 1 - xi, 1 + xi)), (B,); xi a number or (B,).
+
+    PPO, DDPO-IS, (Flow-, Dr., Dance)GRPO; VMPO Eq. 19/21, RSM Eq. 106.
+    """
     ratio = log_ratio.exp()
-    return torch.maximum(-adv * ratio, -adv * torch.clamp(ratio, 1 - clip_range, 1 + clip_range))
+    clipped = torch.clamp(ratio, 1 - clip_range, 1 + clip_range)
+    # the larger loss: only a row that went too far in its own direction has no gradient
+    return torch.maximum(-adv * ratio, -adv * clipped)
 
 
 def epg_loss(adv: torch.Tensor, log_ratio: torch.Tensor) -> torch.Tensor:
-    """-sg[ratio] A log p_theta, (B,): importance weighting without clipping."""
+    """-sg[ratio] A log p_theta, (B,): importance weights without clipping.  RSM Eq. 105."""
     return -log_ratio.exp().detach() * adv * log_ratio
 
 
 def pcpo_loss(adv: torch.Tensor, log_ratio: torch.Tensor, clip_range) -> torch.Tensor:
-    """max(-A lambda, -A clip(lambda, -xi, xi)), (B,), lambda the log ratio; xi a number or (B,).  PCPO-base."""
-    return torch.maximum(-adv * log_ratio, -adv * torch.clamp(log_ratio, -clip_range, clip_range))
+    """max(-A lambda, -A clip(lambda, -xi, xi)), (B,), lambda the log ratio.  RSM Eq. 100.
 
-
-def guard_log_ratio(moved: torch.Tensor, z: torch.Tensor, sigma: torch.Tensor, reduce: str) -> torch.Tensor:
-    """(log ratio + ||mu_theta - mu_old||^2 / 2 sigma^2) sigma, (B,): the cross term alone, at one scale for all steps.
-
-    GRPO-Guard: the ratio's negative bias -||delta||^2 / 2 is removed for each sample.  ref-code: averages it over the
-    batch; ours: its own, as the formula says.  The loss is divided by dt.
+    xi a number or (B,).  The gradient is that of the hinge max(0, xi |A| - A lambda).
     """
+    clipped = torch.clamp(log_ratio, -clip_range, clip_range)
+    return torch.maximum(-adv * log_ratio, -adv * clipped)
+
+
+def guard_log_ratio(moved: torch.Tensor, z: torch.Tensor, sigma, reduce: str) -> torch.Tensor:
+    """(log ratio + ||mu_theta - mu_old||^2 / 2 sigma^2) sigma, (B,).  GRPO-Guard.
+
+    The ratio's negative bias is removed for each sample, which leaves the cross term, at
+    one scale for all steps.  The loss of it is divided by dt.
+    """
+    # ref-code: averages the bias over the batch; ours: its own, as the formula says
     return common.reduce_latent(moved * z, reduce) * sigma
 
 
 def fair_range(clip_range: float, sigma: torch.Tensor) -> torch.Tensor:
-    """xi / sigma^2, (B,): clipping sigma^2 lambda at xi and dividing by sigma^2 is clipping lambda there.  RSM Eq. 24."""
+    """xi / sigma^2, (B,).  RSM Eq. 24."""
+    # clipping sigma^2 lambda at xi and dividing by sigma^2 is clipping lambda here
     return clip_range / sigma**2
 
 
-def pcpo_weights(grid: common.Grid, steps: list[int], kind: str, zeta: float | None) -> torch.Tensor:
-    """w~_t (T,), float64 and signed as grid.w, in place of the sensitivities w_t of the trained `steps`.
+def implicit_reward(reward, log_r: torch.Tensor, beta: float, whole: bool) -> torch.Tensor:
+    """r - beta log(p_old / p_ref) of each step, r (B,), log R (B, S) -> (B, S).
 
-    zeta: zeta dt with zeta = sum w / sum dt, which keeps the sum; public, loss-only: the mean of the native w.
+    VMPO Eq. 23.  whole: with the log ratio of the trajectory, the sum over S, -> (B,).
     """
-    w = grid.w[steps].abs()
-    if kind == "zeta":
-        zeta = w.sum() / grid.dt[steps].sum() if zeta is None else zeta
-        return -zeta * grid.dt
-    return -w.mean().expand(grid.steps)
-
-
-def pcpo_grid(grid: common.Grid, big_w: float) -> common.Grid:
-    """SD1.5's DDIM grid with the standard deviations sigma~ of PCPO's public sampler, for which (c1 + c2) / sigma~ = W.
-
-    ref-code: it takes this root, which leaves the true sensitivity (c1 - c2) / sigma~ anything but constant; the
-    constant weight is imposed in the loss.
-    """
-    c1 = grid.nu * grid.alpha_s / grid.alpha
-    root = grid.nu_s**2 * (big_w**2 + 1) - c1**2
-    sigma = (big_w * c1 + root.clamp(min=0).sqrt()) / (big_w**2 + 1)
-    if (root < 0).any() or (sigma > grid.nu_s).any():
-        raise common.UsageError(f"--pcpo-w {big_w} has no sampler on this grid of {grid.steps} steps; use a larger value, more --steps, or --pcpo-weights loss-only")
-    return dataclasses.replace(grid, sigma=sigma, o_coef=-c1 + (grid.nu_s**2 - sigma**2).sqrt())
+    # plus: log R = log p_ref - log p_old has the opposite sign of Eq. 23's log ratio
+    return reward + beta * log_r.sum(1) if whole else reward[:, None] + beta * log_r
 
 
 def mixed_grid(sde: common.Grid, ode: common.Grid, steps: list[int]) -> common.Grid:
-    """The SDE's Gaussians at `steps`, the ODE's steps elsewhere.  Flow-GRPO-Fast, MixGRPO."""
+    """The SDE's Gaussians at `steps`, the ODE's steps elsewhere.  Fast, MixGRPO."""
     inside = torch.zeros(sde.steps, dtype=torch.bool)
     inside[steps] = True
-    pick = {k: torch.where(inside, getattr(sde, k), getattr(ode, k)) for k in ("x_coef", "o_coef", "sigma")}
+    parts = ("x_coef", "o_coef", "sigma")
+    pick = {k: torch.where(inside, getattr(sde, k), getattr(ode, k)) for k in parts}
     return dataclasses.replace(sde, **pick)
 
 
 def window_start(mode: str, width: int, first: int, end: int, lap: int, seed: int) -> int:
     """First step of window number `lap` among the steps first ... end - 1."""
     places = end - first - width + 1
-    if mode == "random":
-        return first + int(torch.randint(places, (), generator=common.generator("window", seed, lap)))
+    if mode == "random":  # from its own generator, so that a resumed run draws the same
+        draw = torch.randint(places, (), generator=common.generator("window", seed, lap))
+        return first + int(draw)
     return first + (lap % places if mode == "progressive" else 0)
 
 
 def main(args):
-    # ---- setup ------------------------------------------------------------------------------------------------------
-    run = common.setup(args, "grpo")
-    policy = common.Policy(args, run)
-    params = common.add_lora(policy, args)
+    # ---- setup ---------------------------------------------------------------
+    run = harness.setup(args, "grpo")
+    policy = harness.load_policy(args, run)
+    theta = harness.add_lora(policy, args)
     reward, more = rewards.load_args(args, run.device)
-    native = common.make_grid(policy.pipe.scheduler, policy.kind, args.steps, args.kernel, args.noise_level)
-    ode = common.make_grid(policy.pipe.scheduler, policy.kind, args.steps, "ode", 0.0)
-    public = args.loss == "pcpo" and args.pcpo_weights == "public"
-    sde = pcpo_grid(native, args.pcpo_w) if public else native
+    native = policy.grid(args.steps, args.kernel, args.noise_level)
+    ode = policy.grid(args.steps, "ode", 0.0)
+    sde = stochastic_grid(native, args)
     trainable = common.policy_steps(sde, args.train_steps)
-    if args.sde_window and (silent := set(range(*args.sde_window_range)) - set(trainable)):
-        raise common.UsageError(f"--sde-window-range: step {min(silent)} of kernel {args.kernel} has no noise and cannot be trained; end the range before it")
-    # a step without noise is no transition: the count of the flags may be too large
-    common.check_updates(args, args.num_prompts * args.group_size * (args.sde_window or len(trainable)))
-    optimiser = common.Optimiser(args, run, params)
-    means = ["loss/total", "loss/policy", "loss/kl", "kl/ref", "ratio/mean", "ratio/clip_frac", "ratio/approx_kl", "adv/mean", "adv/zero_std_frac", "adv/clip_frac"]
-    tops = ["ratio/max", "ratio/start_deviation"]
-    keys = [*means, "adv/std", *tops, "window/first", "grad/norm"]
-    recorder = common.Recorder(run, args, policy, optimiser, reward, more, rewards.RewardError, keys)
+    check_noise(args, trainable)
+    transitions = args.num_prompts * args.group_size * (args.sde_window or len(trainable))
+    harness.check_updates(args, transitions)  # again: a step without noise is no transition
+    optimiser = harness.make_optimiser(args, run, theta)
+    recorder = harness.Recorder(
+        run, args, policy, optimiser, (reward, more), rewards.RewardError, METRICS
+    )
 
     for epoch in recorder.epochs():
-        # ---- 1 rollout ----------------------------------------------------------------------------------------------
+        # ---- 1 rollout -------------------------------------------------------
         recorder.phase()
-        steps, grid, first = trainable, sde, 0
+        grid, steps, first = sde, trainable, 0
         if args.sde_window:
-            first = window_start(args.sde_window_mode, args.sde_window, *args.sde_window_range, epoch // args.sde_window_every, args.seed)
+            places, lap = args.sde_window_range, epoch // args.sde_window_every
+            first = window_start(args.sde_window_mode, args.sde_window, *places, lap, args.seed)
             steps = list(range(first, first + args.sde_window))
             grid = mixed_grid(sde, ode, steps)
-        batch = common.epoch_batch(policy, args, run, epoch)
         reference = steps if needs_reference(args) else ()
-        path = common.rollout(policy, grid, batch.cond, batch.prompts, batch.noise, args.cfg, args.micro_batch_size, reference, "rollout" if run.is_main else "")
+        batch = harness.epoch_batch(args, policy, epoch)
+        path = common.rollout(
+            policy, grid, batch.cond, batch.noise, args.cfg, args.micro_batch_size, reference
+        )
 
-        # ---- 2 reward -----------------------------------------------------------------------------------------------
+        # ---- 2 reward --------------------------------------------------------
         recorder.phase()
         with recorder.scoring(epoch), torch.no_grad():
-            final, parts = reward(policy.decode(path.x[:, -1]), batch.texts, batch.metadata, chunk=args.reward_batch_size)
+            images = policy.decode(path.x[:, -1])
+            final, parts = reward(images, batch.texts, batch.metadata, chunk=args.reward_batch_size)
 
-        # ---- 3 advantage --------------------------------------------------------------------------------------------
-        returns = final  # (B,), or (B, S) with S trained steps
+        # ---- 3 advantage -----------------------------------------------------
+        returns = final  # (B,), or (B, S) where each of the S trained steps has its own
         if args.kl.startswith("implicit"):
-            w = grid.at(grid.w, torch.tensor(steps), path.z[0])
-            drift = torch.stack([-common.log_ratio(w * (r - o)[steps], z[steps], args.logprob_reduce)
-                                 for r, o, z in zip(path.o_ref, path.o_old, path.z)])  # fmt: skip
-            returns = final[:, None] - args.beta * drift if args.kl == "implicit" else final - args.beta * drift.sum(1)
-        adv, zero = common.group_advantage(returns, args.group_size, args.adv_norm, run)
-        adv, zero = (v.view(len(final), -1).expand(-1, len(steps)) for v in (adv, zero))
+            log_r = path.log_ref_over_old(grid, steps, args.logprob_reduce)
+            returns = implicit_reward(final, log_r, args.beta, args.kl == "implicit-sum")
+        adv, zero = common.group_advantage(returns, args.group_size, args.adv_norm)
+        adv, zero = (x.view(len(final), -1).expand(-1, len(steps)) for x in (adv, zero))
         clipped = adv.abs() > args.adv_clip
-        adv = adv.clamp(-args.adv_clip, args.adv_clip)
+        adv = adv.clamp(-args.adv_clip, args.adv_clip)  # (B, S)
 
-        # ---- 4 update -----------------------------------------------------------------------------------------------
+        # ---- 4 update --------------------------------------------------------
         recorder.phase()
-        stats, norms, checked = common.Stats(means, tops), [], False
-        column = torch.full((grid.steps,), -1)
+        stats, norms = recorder.stats(epoch), []
+        column = torch.full((grid.steps,), -1)  # of `adv`, `zero` and `clipped`, by step
         column[steps] = torch.arange(len(steps))
-        weights = pcpo_weights(native, steps, args.pcpo_weights, args.pcpo_zeta)
-        rows_per_update = args.num_prompts * args.group_size * len(steps) / args.updates_per_epoch
-        for update, part in enumerate(common.epoch_updates(args, run, steps, epoch)):
-            for chunk in common.micro_batches(part, args.micro_batch_size, run, f"update {update + 1}"):
-                n, i = chunk.unbind(1)
-                x_t, z, o_old = path.x[n, i], path.z[n, i], path.o_old[n, i]
-                a, sigma, dt = adv[n, column[i]], grid.sigma[i].to(x_t), grid.dt[i].to(x_t)
-                # 4a: the log ratio; moved = (mu_theta - mu_old) / sigma, z = (x_s - mu_old) / sigma
-                o = policy.predict(x_t, grid.time(i, len(n), run.device), path.cond[n], args.cfg)
-                moved = grid.at(grid.w, i, o) * (o - o_old)
-                log_ratio = common.log_ratio(moved, z, args.logprob_reduce)
-                if update == 0 and not checked:
-                    stats.top("ratio/start_deviation", common.check_start(moved, z, args, run, epoch))
-                    checked = True
-                # 4b: the loss
-                clip_range = args.clip_range if args.fair_clip == "none" else fair_range(args.clip_range, sigma)
-                if args.loss == "reinforce":
-                    loss = reinforce_loss(a, log_ratio)
-                elif args.loss == "epg":
-                    loss = epg_loss(a, log_ratio)
-                elif args.loss == "pcpo":
-                    if args.pcpo_weights != "none":
-                        log_ratio = common.log_ratio(grid.at(weights, i, o) * (o - o_old), z, args.logprob_reduce)
-                    loss = pcpo_loss(a, log_ratio, clip_range)
-                elif args.loss == "guard":
-                    log_ratio = guard_log_ratio(moved, z, sigma, args.logprob_reduce)
-                    loss = clipped_loss(a, log_ratio, clip_range) / dt
-                else:  # grpo, ddpo
-                    loss = clipped_loss(a, log_ratio, clip_range)
-                if args.fair_clip == "guard":
-                    loss = loss * sigma / dt
-                # 4c: + KL, gradients
-                kl = torch.zeros_like(loss)
-                values = {}
+        # from the native grid, also where PCPO's own sampler runs, whose true w_t vary
+        w_pcpo = common.pcpo_weights(native, steps, args.pcpo_weights, args.pcpo_zeta)
+        for update, part in enumerate(harness.epoch_updates(args, batch, steps, epoch)):
+            for chunk in common.micro_batches(part, args.micro_batch_size, f"update {update + 1}"):
+                rows = path.rows(*chunk.unbind(1))
+                n, i = rows.n, rows.i
+                # 4a: lambda, the log ratio to the rollout's policy
+                o = policy.predict(rows.x_t, grid.time(i, rows.x_t), rows.cond, args.cfg)
+                w = grid.at(grid.w, i, o)
+                moved = w * (o - rows.o_old)  # (mu_theta - mu_old) / sigma
+                log_ratio = common.log_ratio(moved, rows.z, args.logprob_reduce)
+                if update == 0:
+                    stats.check_start(moved, rows.z)
+                # 4b: the loss, and the log ratio that it compares with its clip range
+                a = adv[n, column[i]]
+                loss, log_ratio, xi = policy_loss(grid, rows, o, moved, log_ratio, a, w_pcpo, args)
+                # 4c: + beta KL, gradients
+                kl_ref = None
                 if reference:
-                    o_ref = path.o_ref[n, i]
-                    values["kl/ref"] = common.kl_divergence(grid.at(grid.w, i, o) * (o - o_ref), args.logprob_reduce)
-                if args.kl in ("mean", "mean-nodt"):
-                    kl = values["kl/ref"] if args.kl_anchor == "ref" else common.kl_divergence(moved, args.logprob_reduce)
-                    kl = kl * dt if args.kl == "mean-nodt" else kl
-                elif args.kl == "velocity":
-                    kl = common.reduce_latent((o - (o_ref if args.kl_anchor == "ref" else o_old)) ** 2, "mean")
-                row = loss + args.beta * kl
-                optimiser.backward(row.sum() / rows_per_update)
+                    kl_ref = common.kl_divergence(w * (o - rows.o_ref), args.logprob_reduce)
+                kl = kl_term(grid, rows, o, moved, kl_ref, args)
+                total = loss + args.beta * kl
+                # micro-batches and processes add up to the mean over the update's transitions
+                optimiser.backward(total.sum() / (transitions / args.updates_per_epoch))
                 ratio = log_ratio.exp()
-                outside = (log_ratio if args.loss == "pcpo" else ratio - 1).abs() > clip_range
-                stats.add(values | {
-                    "loss/total": row, "loss/policy": loss, "loss/kl": kl, "ratio/mean": ratio,
-                    "ratio/clip_frac": outside.float(), "ratio/approx_kl": 0.5 * log_ratio**2,
-                    "adv/mean": a, "adv/zero_std_frac": zero[n, column[i]].float(), "adv/clip_frac": clipped[n, column[i]].float(),
+                outside = (log_ratio if args.loss == "pcpo" else ratio - 1).abs() > xi
+                stats.add({
+                    "loss/total": total, "loss/policy": loss, "loss/kl": kl,
+                    **({"kl/ref": kl_ref} if reference else {}),  # else the column stays blank
+                    "ratio/mean": ratio, "ratio/clip_frac": outside.float(),
+                    "ratio/approx_kl": 0.5 * log_ratio**2,
+                    "adv/mean": a, "adv/zero_std_frac": zero[n, column[i]].float(),
+                    "adv/clip_frac": clipped[n, column[i]].float(),
                 })  # fmt: skip
                 stats.top("ratio/max", ratio.max().item())
-            norms += optimiser.step()
+            norms += optimiser.step()  # 4c: all-reduce, clip, AdamW on theta
 
-        # ---- 5 log, samples, checkpoint, eval -----------------------------------------------------------------------
-        metrics = stats.result(run, std=("adv/mean",)) | {"window/first": first, "grad/norm": sum(norms) / len(norms)}
-        recorder.end_epoch(epoch, final, parts, metrics)
+        # ---- 5 log, samples, checkpoint, eval --------------------------------
+        own = {"window/first": first, "grad/norm": sum(norms) / len(norms)}
+        recorder.end_epoch(epoch, final, parts, stats.result() | own)
     recorder.finish()
 
 
+# ---- pieces that need the networks or the flags ------------------------------
+def needs_reference(args) -> bool:
+    """Whether the rollout asks the pretrained model, too: one more pass per trained step."""
+    return args.kl.startswith("implicit") or args.kl != "none" and args.kl_anchor == "ref"
+
+
+def stochastic_grid(native: common.Grid, args) -> common.Grid:
+    """The sampler of the stochastic steps: PCPO's own where --pcpo-weights says so."""
+    public = args.loss == "pcpo" and args.pcpo_weights == "public"
+    return common.pcpo_grid(native, args.pcpo_w) if public else native
+
+
+def policy_loss(grid, rows, o, moved, log_ratio, adv, w_pcpo, args):
+    """--loss of R rows: the loss (R,), the log ratio that it clips (R,), the range it is
+    clipped to.  log_ratio is that of 4a; PCPO and Guard put their own in its place.
+    """
+    sigma, dt = grid.sigma[rows.i].to(o), grid.dt[rows.i].to(o)
+    xi = args.clip_range
+    if args.fair_clip != "none":
+        xi = fair_range(xi, sigma)
+    if args.loss == "reinforce":
+        loss = reinforce_loss(adv, log_ratio)
+    elif args.loss == "epg":
+        loss = epg_loss(adv, log_ratio)
+    elif args.loss == "pcpo":
+        if args.pcpo_weights != "none":  # w~_t for w_t: no longer a log-likelihood ratio
+            shift = grid.at(w_pcpo, rows.i, o) * (o - rows.o_old)
+            log_ratio = common.log_ratio(shift, rows.z, args.logprob_reduce)
+        loss = pcpo_loss(adv, log_ratio, xi)
+    elif args.loss == "guard":
+        log_ratio = guard_log_ratio(moved, rows.z, sigma, args.logprob_reduce)
+        loss = clipped_loss(adv, log_ratio, xi) / dt
+    else:  # grpo; ddpo is the same loss without a KL
+        loss = clipped_loss(adv, log_ratio, xi)
+    if args.fair_clip == "guard":  # Guard's weights of the steps with another loss
+        loss = loss * sigma / dt
+    return loss, log_ratio, xi
+
+
+def kl_term(grid, rows, o, moved, kl_ref, args) -> torch.Tensor:
+    """--kl of R rows, (R,), VMPO Eq. 22; 0 where there is none."""
+    if args.kl == "velocity":  # of the native outputs, all steps alike
+        anchor = rows.o_ref if args.kl_anchor == "ref" else rows.o_old
+        return common.reduce_latent((o - anchor) ** 2, "mean")
+    if args.kl not in ("mean", "mean-nodt"):  # an implicit KL is part of the reward
+        return o.new_zeros(len(o))
+    kl = kl_ref
+    if args.kl_anchor == "old":  # 0 in the first update, which still is at theta_old
+        kl = common.kl_divergence(moved, args.logprob_reduce)
+    if args.kl == "mean-nodt":  # over 2 g^2 instead of 2 sigma^2 = 2 g^2 dt
+        kl = kl * grid.dt[rows.i].to(kl)
+    return kl
+
+
+# ---- what no paper mentions: checks of the flags, sizes for --dry-run --------
+def check(args):
+    updates = args.updates_per_epoch * args.inner_epochs
+    loss, flow = args.loss, args.kind == "flow"
+    harness.check_group(args)
+    bare = f"--loss ddpo has no KL term, --kl is {args.kl}"
+    same = "use --loss grpo, which is the same with one, or --kl none"
+    need(loss != "ddpo" or args.kl == "none", f"{bare}; {same}")
+    once = f"--loss reinforce is on-policy, {updates} updates per rollout are not"
+    fewer = "use --updates-per-epoch 1 --inner-epochs 1, or --loss epg"
+    need(loss != "reinforce" or updates == 1, f"{once}; {fewer}")
+    what = f"--kl mean-nodt needs a flow model (g_t of its SDE), --model {args.model} is not one"
+    need(args.kl != "mean-nodt" or flow, f"{what}; use mean")
+    fair = args.fair_clip == "none" or loss in ("grpo", "ddpo", "pcpo")
+    need(fair, f"--fair-clip {args.fair_clip} does not go with --loss {loss}; use grpo or pcpo")
+    if args.pcpo_weights == "auto":
+        args.pcpo_weights = "zeta" if flow else "public"
+    wrong, right = ("public", "zeta") if flow else ("zeta", "public or loss-only")
+    what = f"--pcpo-weights {args.pcpo_weights} does not fit --model {args.model}"
+    need(args.pcpo_weights != wrong, f"{what}; use {right}")
+    check_window(args)
+    samples = args.num_prompts * args.group_size
+    harness.check_updates(args, samples * (args.sde_window or args.train_steps))
+    if loss in ("ddpo", "grpo", "pcpo"):
+        harness.warn_of_clip_range(args)
+    explicit = args.kl in ("mean", "mean-nodt", "velocity")
+    if explicit and args.kl_anchor == "old" and updates == 1:
+        what = "--kl-anchor old with one update per rollout is a KL of a policy to itself"
+        print(f"note: {what}, identically 0; for a KL that acts use --kl-anchor ref")
+
+
+def check_window(args) -> None:
+    """The window lies in its range, the range in the trained steps; fills in the range."""
+    for word in args.argv:
+        idle = word.startswith("--sde-window-") and not args.sde_window
+        what = f"{word} does nothing with --sde-window 0"
+        need(not idle, f"{what}; give a window of 1 or more steps, or leave it out")
+    args.sde_window_range = args.sde_window_range or [0, args.train_steps]
+    first, end = args.sde_window_range
+    fits = first + args.sde_window <= end <= args.train_steps
+    place = f"steps {first} to {end} of the {args.train_steps} trained ones"
+    what = f"--sde-window {args.sde_window} does not fit into {place}"
+    need(fits or not args.sde_window, f"{what}; use a smaller window or another --sde-window-range")
+
+
+def check_noise(args, trainable: list[int]) -> None:
+    """Every step that the window can reach has noise; known only when there is a grid."""
+    for i in range(*args.sde_window_range) if args.sde_window else ():
+        what = f"step {i} of kernel {args.kernel} has no noise and cannot be trained"
+        need(i in trainable, f"--sde-window-range: {what}; end the range before it")
+
+
+def sizes(args) -> dict[str, str]:
+    """The lines of --dry-run."""
+    samples, train = args.num_prompts * args.group_size, args.sde_window or args.train_steps
+    passes, rows = 2 if args.cfg != 1 else 1, samples * train
+    window = f"{args.sde_window} of {args.steps}, {args.sde_window_mode}"
+    rollout, trained = samples * args.steps * passes, rows * args.inner_epochs * passes
+    reference = rows * passes * needs_reference(args)
+    without = f"{rollout} in the rollout, {reference} of the reference"
+    return {
+        "stochastic steps": window if args.sde_window else f"all {args.steps}",
+        "network evaluations per epoch": f"{without}, {trained} with gradient",
+        "decodes and reward evaluations per epoch": f"{samples} images",
+        "transitions per epoch": f"{rows}, {rows // args.updates_per_epoch} per update",
+    }
+
+
 if __name__ == "__main__":
-    common.run_main(main, parse_args, rewards.UsageError)
+    harness.run_main(main, parse_args, rewards.UsageError)

@@ -1,286 +1,150 @@
 """TempFlow-RSM: branching policy gradients and their Reward-Score-Matching redesign.
-Papers: Lee et al., "Reward Score Matching", arXiv 2604.17415 (code: github.com/jaylee2000/rsm);  He et al., TempFlow-GRPO,
-       2508.04324 (code: github.com/Shredded-Pork/TempFlow-GRPO);  Li et al., BranchGRPO, 2509.06040
+Papers: Lee et al., "Reward Score Matching" (RSM), arXiv 2604.17415;
+       He et al., TempFlow-GRPO, 2508.04324;  Li et al., BranchGRPO, 2509.06040
+Official code: github.com/jaylee2000/rsm, github.com/Shredded-Pork/TempFlow-GRPO
 
-Idea:  one stochastic step at t, then the deterministic sampler to the end: the reward of that child is the reward of
-       that one draw z.  A (r - mean) z / sigma over the B_i children of one state estimates the gradient of the value
-       there (Stein), and every zeroth-order method regresses the score on the reference's score plus a multiple of it.
-       In this view (RSM, Eq. 10) the number of children, the weight gamma(t) and the clip range per step are choices,
-       and the redesign moves the children to the noisy steps and clips all steps alike.
+Idea:  one stochastic step at t, then the deterministic sampler to the end: the reward of
+       that child is the reward of that one draw z.  The mean of A z / sigma over the B_i
+       children of one state estimates the gradient of the value there (Stein), and every
+       zeroth-order method regresses the score on the reference's score plus a multiple of
+       it.  In this view (RSM, Eq. 10) the number of children, the weight gamma(t) and the
+       clip range per step are choices, and the redesign moves the children to the noisy
+       steps and clips all steps alike.
 Algorithm, one epoch (the loop below repeats the numbers):
-  1 rollout     ODE trunk per image; at step i take B_i children by one SDE step, each by ODE to the end (or a tree)
+  1 rollout     an ODE trunk per image; at step i B_i children by one SDE step, each by ODE
+                to the end; or a tree that is stochastic everywhere
   2 reward      r of every leaf; a node of a tree has the mean of its leaves
-  3 advantage   A = (r - mean) / (std + 1e-4) among the children of (seed, step), or of (prompt, step)
-  4 update      for each parent state, shuffled over images and steps; its children share one network call:
-     4a         log ratio of every child;  row weight mean(B) / B_i
-     4b         the loss: PPO, hinge, or Eq. 10 itself; times gamma(t)                 Eq. 10, 104-114
-     4c         + beta KL to the reference; on steps without children the KL alone (ODE anchors);  AdamW
+  3 advantage   A = (r - mean) / (std + 1e-4) among the children of (seed, step),
+                or of (prompt, step)
+  4 update      for each parent state, shuffled over images and steps:
+     4a         the log ratio of every child; siblings share one network pass
+     4b         the loss: PPO, hinge or Eq. 10 itself, times gamma(t)     Eq. 10, 104-114
+     4c         + beta KL to the reference; row weight mean(B) / B_i; on steps without
+                children the KL alone (ODE anchors);  AdamW
   5 log, checkpoint, evaluation with the same noise every time
-Differs from the papers: the children of a state share the training pass, because they share (x_t, t, c): the same loss
-       (they are averaged) for a B_i-th of the cost.  From public code: no state is evaluated twice; advantages, weights
-       and biases are per row (TempFlow's broadcast to (B,1,1,B); Guard's are averaged over the batch).
-Run:   python tempflow_rsm.py --preset tiny-sd15          # embedded model, CPU, minutes, no downloads
+Differs from the papers: siblings share the training pass, because they share (x_t, t, c):
+       the same loss (they are averaged) for a B_i-th of the cost.
+Differs from public code: no state is evaluated twice; advantages, weights and biases are
+       per row (TempFlow's broadcast to (B,1,1,B); Guard's are averaged over the batch).
+Run:   python tempflow_rsm.py --preset tiny-sd15      # embedded model, CPU, no downloads
        torchrun --nproc-per-node 4 tempflow_rsm.py --preset rsm-geneval
-Port:  copy the functions under "method": tensors in, tensors out.
+Port:  copy the functions under "method": tensors in, tensors out; see docs/port.md.
+       Details of the methods: docs/tempflow_rsm.md
 """
 
 import dataclasses
+import math
 import warnings
+from collections import defaultdict
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
-from tqdm import tqdm
 
 import common
+import harness
 import rewards
+from harness import need
 
-TINY = common.TINY | dict(group_size=1, num_prompts=4, kl="true", beta=0.05, decode_batch_size=256)
-SD35 = dict(model="sd3.5-medium", num_prompts=16, group_size=4, steps=10, eval_steps=40, cfg=4.5, noise_level=0.7,
-            lora_rank=32, lora_alpha=64, max_sequence_length=128, ema_decay=0.9, micro_batch_size=4)  # fmt: skip
-GENEVAL = SD35 | dict(num_prompts=48, reward="geneval-reward", prompts="prompts/geneval_train.jsonl",
-                      eval_prompts="prompts/geneval_official.jsonl", eval_rewards="geneval", beta=0.004, epochs=420)  # fmt: skip
-AESTHETIC = SD35 | dict(reward="aesthetic", prompts="prompts/pickscore_train.txt", eval_prompts="prompts/pickscore_test.txt",
-                        kl="heuristic", beta=0.01, epochs=150)  # fmt: skip
+TINY = harness.TINY | dict(group_size=1, num_prompts=4, kl="true", beta=0.05, decode_batch_size=256)
+DEFAULTS = dict(
+    model="sd3.5-medium", num_prompts=16, group_size=4, steps=10, eval_steps=40, cfg=4.5,
+    lora_rank=32, lora_alpha=64, max_sequence_length=128, ema_decay=0.9, micro_batch_size=4,
+)  # fmt: skip
+SD35 = DEFAULTS | dict(noise_level=0.7)
+GENEVAL = SD35 | dict(
+    num_prompts=48, reward="geneval-reward", eval_rewards="geneval", beta=0.004, epochs=420,
+    prompts="prompts/geneval_train.jsonl", eval_prompts="prompts/geneval_official.jsonl",
+)  # fmt: skip
+AESTHETIC = SD35 | dict(
+    reward="aesthetic", kl="heuristic", beta=0.01, epochs=150,
+    prompts="prompts/pickscore_train.txt", eval_prompts="prompts/pickscore_test.txt",
+)  # fmt: skip
 RSM = dict(loss="hinge", reweight="none", fair_clip="guard")
-SD15 = dict(model="sd15", steps=50, eval_steps=50, cfg=5.0, ema_decay=0.0, micro_batch_size=8, grouping="prompt", loss="hinge", reweight="pcpo", kl="none", lora_rank=16, lora_alpha=16, num_prompts=8, epochs=300)
+SD15 = dict(
+    model="sd15", steps=50, eval_steps=50, cfg=5.0, ema_decay=0.0, micro_batch_size=8,
+    lora_rank=16, lora_alpha=16, num_prompts=8, epochs=300,
+    grouping="prompt", loss="hinge", reweight="pcpo", kl="none",
+)  # fmt: skip
 PRESETS = {
     # TempFlow-GRPO as released; RSM's baselines
     "tempflow-sd35-geneval": GENEVAL,
     "tempflow-sd35-aesthetic": AESTHETIC,
-    # RSM, mechanistic study: the same number of training rows, spread evenly or so that all steps are as noisy
+    # RSM, mechanistic study: as many rows, spread evenly or so that all steps are as noisy
     "rsm-uniform": AESTHETIC | RSM | dict(profile="7,7,7,7,7,7,6,6,0"),
     "rsm-equalvar": AESTHETIC | RSM | dict(profile="4,5,5,6,7,8,9,10,0"),
     # RSM, GenEval: children on the four noisiest steps, KL anchors on the others
     "rsm-geneval": GENEVAL | RSM | dict(profile="6,6,8,10", anchor_beta=0.004),
-    # RSM, SD1.5: PCPO on whole stochastic trajectories, and its redesign with sparse branching
+    # RSM, SD1.5: PCPO on whole stochastic trajectories, its redesign with sparse branching
     "pcpo-sd15-hpsv2": SD15 | dict(branching="tree", tree_splits="", group_size=16),
-    "rsm-sd15-hpsv2": SD15 | dict(group_size=5, profile="0:4,10:4,20:4,30:4,40:4", anchor_beta=8e-5, anchor_form="pcpo", anchor_max_ratio=0.1),
+    "rsm-sd15-hpsv2": SD15 | dict(
+        group_size=5, profile="0:4,10:4,20:4,30:4,40:4",
+        anchor_beta=8e-5, anchor_form="pcpo", anchor_max_ratio=0.1,
+    ),
     # the embedded models: coloured shapes on a CPU (ours; docs/tempflow_rsm.md)
     "tiny": TINY | dict(model="tiny-sd35", lr=4e-4, epochs=200),
     "tiny-sd15": TINY | dict(model="tiny-sd15", lr=1e-3, epochs=120),
-}
+}  # fmt: skip
+METRICS = harness.Metrics(
+    means=[
+        "loss/total", "loss/policy", "loss/kl", "loss/anchor", "kl/ref",
+        "ratio/mean", "ratio/clip_frac", "ratio/approx_kl", "adv/mean", "adv/zero_std_frac",
+    ],
+    stds=("adv/mean",),
+    tops=("ratio/max", "ratio/start_deviation"),
+    more=("grad/norm",),  # before it "value_std/NN" of every step with children
+)  # fmt: skip
+# power p; steps without children among the first 9 of 10
+PROFILES = {"base": (0.0, 0), "uniform": (0.0, 1), "equalvar": (1.0, 1), "lowsnr": (1.0, 5)}
 
 
 def parse_args(argv=None):
-    parser = common.make_parser(__doc__, "tempflow_rsm")
-    g = parser.add_argument_group("method")
-    g.add_argument("--branching", default="trunk", choices=["trunk", "tree"], help="trunk = one-step children of an ODE trunk (TempFlow-GRPO); tree = stochastic everywhere, splitting at --tree-splits (BranchGRPO; without splits: plain trajectories)")
-    g.add_argument("--profile", default="base", help="B_i: base (6 at every step but the last), uniform, equalvar, lowsnr, a list 'B_0,B_1,...', or 'step:B,step:B'; the named ones are generated for any grid by the three flags below")
-    g.add_argument("--profile-total", type=int, help="sum of B_i of a named profile (RSM, 10 steps: 54; lowsnr: 30); default: 6 per step but the last, lowsnr 7.5 per active step")
-    g.add_argument("--profile-power", type=float, help="p of B_i ~ sigma_i^-p (RSM: 0 for base and uniform, 1 for equalvar and lowsnr; its Eq. 19 would ask for 2)")
-    g.add_argument("--profile-inactive", type=int, help="steps at the end, besides the last, without children (RSM, 10 steps: base 0, uniform and equalvar 1, lowsnr 5)")
-    g.add_argument("--tree-splits", default="0,3,6,9", help="tree: steps at which every node gets two children (BranchGRPO: 0,3,6,9 of 20)")
-    g.add_argument("--tail", default="ode", choices=["ode", "sde"], help="trunk: how a child goes on to the end (TempFlow: ode)")
-    g.add_argument("--grouping", default="seed", choices=["seed", "prompt"], help="A is relative to the children of the same image and step (TempFlow), or of all the prompt's images at that step (RSM, SD1.5)")
-    g.add_argument("--adv-clip", type=float, default=5.0, help="A is clipped to +- this (TempFlow, RSM: 5)")
-    g.add_argument("--loss", default="ppo", choices=["ppo", "hinge", "rsm"], help="clipped ratio (TempFlow), hinge max(0, xi |A| - A log ratio) (RSM's 'matching'), or Eq. 10 written out, with the gradient of hinge + beta KL")
-    g.add_argument("--reweight", default="tempflow", choices=["none", "tempflow", "pcpo", "guard"], help="gamma(t): 1, 2.25 sigma_t (TempFlow), zeta dt / w_t (PCPO; on SD1.5 its sampler and constant weight), or sigma_t / dt without the ratio's bias (Guard)")
-    g.add_argument("--tempflow-scale", type=float, default=2.25, help="TempFlow: 1 / mean sigma_t of the trained steps (2.25 on SD3.5's 10-step grid)")
-    g.add_argument("--pcpo-w", type=float, default=4.5, help="PCPO on SD1.5: W of the sampler's sigma~ (public code: 4.5); 0 = native sampler, constant weight only")
-    g.add_argument("--fair-clip", default="none", choices=["none", "sigma2", "guard"], help="clip the log ratio at xi / sigma_t^2 (RSM Eq. 24); guard also gamma = sigma_t / dt (RSM, GenEval)")
-    g.add_argument("--clip-range", type=float, default=1e-4, help="xi (TempFlow, RSM: 1e-4 for mean log-probs)")
-    g.add_argument("--kl", default="true", choices=["none", "true", "heuristic"], help="on rows with children: KL of the Gaussians, or that times dt (RSM, aesthetic; flow models only)")
-    g.add_argument("--beta", type=float, default=0.004, help="weight of the KL to the reference (TempFlow: 0.004 GenEval, 0.001 PickScore; RSM: 0.01 with heuristic)")
-    g.add_argument("--anchor-beta", type=float, default=0.0, help="ODE anchors: weight of the KL at the trunk's states on steps without children (RSM: 0.004 GenEval; 8e-5 SD1.5); 0 = none")
-    g.add_argument("--anchor-form", default="kl", choices=["kl", "pcpo"], help="kl = mean(B) ||d mu||^2 / 2 sigma^2 (RSM, flow), pcpo = W^2 ||d eps||^2 / 2 (RSM, SD1.5)")
-    g.add_argument("--anchor-max-ratio", type=float, help="at most this many anchors per child, chosen at random (RSM, SD1.5: 0.1); default: all")
-    g.add_argument("--entropy", type=float, default=0.0, help="beta of the entropy-augmented return r - beta sum log(p_theta / p_ref) over the later stochastic steps, whose mean is the soft value (RSM Eq. 57-60); needs --branching tree or --tail sde")
-    common.add_args(parser)
-    parser.set_defaults(model="sd3.5-medium", num_prompts=16, group_size=4, steps=10, eval_steps=40, cfg=4.5, lora_rank=32,
-                        lora_alpha=64, max_sequence_length=128, ema_decay=0.9, micro_batch_size=4)  # fmt: skip
-    return common.parse(parser, PRESETS, argv, rewards, check, sizes)
+    parser = harness.make_parser(__doc__, "tempflow_rsm")
+    flag = harness.flags(parser, "method")
+    flag("--branching", "trunk", ["trunk", "tree"], "ODE trunks (TempFlow), stochastic trees (BranchGRPO)")
+    flag("--profile", "base", "text", f"B_i: {', '.join(PROFILES)}; 'B_0,B_1,...'; 'step:B,...'")
+    flag("--profile-total", None, "int >= 1", "sum of a named profile's B_i (RSM: 54, lowsnr 30)")
+    flag("--profile-power", None, "float", "p of B_i ~ sigma_i^-p (RSM: 0 or 1; Eq. 19 asks for 2)")
+    flag("--profile-inactive", None, "int >= 0", "childless steps before the last (RSM: 0, 1, 1, 5 of 9)")
+    flag("--tree-splits", "0,3,6,9", "text", "steps with two children (BranchGRPO: 0,3,6,9 of 20)")
+    flag("--tail", "ode", ["ode", "sde"], "trunk: how a child goes on to the end (TempFlow: ode)")
+    flag("--grouping", "seed", ["seed", "prompt"], "A among the image's children, or the prompt's (SD1.5)")
+    flag("--adv-clip", 5.0, "float > 0 or inf", "A is clipped to +- this (TempFlow, RSM: 5)")
+    flag("--loss", "ppo", ["ppo", "hinge", "rsm"], "clipped ratio (TempFlow), RSM Eq. 104, Eq. 10 itself")
+    methods = ["none", "tempflow", "pcpo", "guard"]
+    flag("--reweight", "tempflow", methods, "gamma(t): 1, 2.25 sigma_t, w~_t / w_t, sigma_t / dt (RSM Table 1)")
+    flag("--tempflow-scale", 2.25, "float > 0", "1 / mean sigma_t (TempFlow: 2.25 on SD3.5's 10 steps)")
+    flag("--pcpo-w", 4.5, "float >= 0", "SD1.5: W of PCPO's sampler (public code: 4.5); 0 = native sampler")
+    fair = ["none", "sigma2", "guard"]
+    flag("--fair-clip", "none", fair, "xi / sigma_t^2 for xi (RSM Eq. 24); guard: and weight sigma_t / dt")
+    flag("--clip-range", 1e-4, "float > 0 or inf", "xi of mean log-probs (TempFlow, RSM: 1e-4)")
+    flag("--kl", "true", ["none", "true", "heuristic"], "on children's rows; or times dt (RSM, aesthetic)")
+    flag("--beta", 0.004, "float >= 0", "weight of the KL, in units of A (TempFlow: 0.004; RSM: 0.01)")
+    flag("--anchor-beta", 0.0, "float >= 0", "KL on childless steps (RSM: 0.004 GenEval, 8e-5 SD1.5)")
+    flag("--anchor-form", "kl", ["kl", "pcpo"], "mean(B) KL (RSM, flow), W^2 |d eps|^2 / 2 (RSM, SD1.5)")
+    flag("--anchor-max-ratio", None, "float >= 0", "at most so many anchors per child (RSM, SD1.5: 0.1)")
+    flag("--entropy", 0.0, "float >= 0", "beta of the return r - beta log(p_theta / p_ref) (RSM Eq. 57-60)")
+    harness.add_args(parser)
+    parser.set_defaults(**DEFAULTS)
+    return harness.parse(parser, PRESETS, argv, rewards, check, sizes)
 
 
-def check(args):
-    if args.branching == "tree":
-        try:
-            args.splits = sorted({int(s) for s in args.tree_splits.split(",") if s.strip()})
-        except ValueError:
-            raise common.UsageError(f"--tree-splits {args.tree_splits} is not a list of step numbers such as 0,3,6,9") from None
-        if args.splits and not 0 <= args.splits[0] <= args.splits[-1] < args.train_steps:
-            raise common.UsageError(f"--tree-splits {args.tree_splits} goes beyond the {args.train_steps} trained steps; use steps 0 to {args.train_steps - 1}")
-        args.widths = [(2 if i in args.splits else 1) if i < args.train_steps else 0 for i in range(args.steps)]
-    else:
-        if args.profile.isalpha() and args.profile not in PROFILES:
-            raise common.UsageError(f"--profile {args.profile} is unknown; use {', '.join(PROFILES)}, a list 'B_0,B_1,...' or 'step:B,...'")
-        if args.profile_power is not None and not abs(args.profile_power) <= 10:
-            raise common.UsageError(f"--profile-power {args.profile_power} is no exponent one can use; give one between -10 and 10")
-        args.widths = None if args.profile.isalpha() else parse_profile(args.profile, args.train_steps, args.steps)
-        if args.grouping == "seed" and args.widths and 1 in args.widths:
-            raise common.UsageError(f"--profile {args.profile} has a step with one child, and --grouping seed compares the children of a state; use 2 or more, or --grouping prompt")
-        if args.grouping == "prompt" and args.group_size < 2 and args.widths and 1 in args.widths:
-            raise common.UsageError(f"--profile {args.profile} has a step with one child, --group-size {args.group_size} leaves it alone in its group; use 2 or more of either")
-        if not args.widths:
-            args.widths = named_profile(args, None)
-        if not args.widths and (scheduler := find_scheduler(args)):
-            args.widths = named_profile(args, sde_grids(scheduler, args)[1].sigma.tolist())
-    if args.grouping == "prompt" and args.group_size < 2 and args.branching == "tree" and 0 not in args.splits:
-        raise common.UsageError(f"--group-size {args.group_size} leaves one image per prompt and nothing to compare; use 2 or more")
-    if args.branching == "tree" and args.grouping == "seed" and 0 not in args.splits:
-        raise common.UsageError("--branching tree --grouping seed compares nodes of one tree, which has one node before the first split; use --tree-splits 0,... or --grouping prompt")
-    if args.entropy and (args.branching, args.tail) == ("trunk", "ode"):
-        raise common.UsageError(f"--entropy {args.entropy} needs stochastic later steps; use --branching tree or --tail sde")
-    if args.anchor_beta and args.branching == "tree":
-        raise common.UsageError(f"--anchor-beta {args.anchor_beta} belongs to the trunk's states without children, a tree has none; leave it out")
-    if args.shared_noise and args.branching == "trunk" and args.group_size > 1:
-        raise common.UsageError(f"--shared-noise makes the {args.group_size} trunks of a prompt identical; use --group-size 1 and a wider --profile")
-    if args.loss == "rsm" and (args.kl != "true" or not args.beta > 0):
-        raise common.UsageError("--loss rsm writes policy term and KL as one square (Eq. 10); use --kl true and --beta above 0, or --loss hinge")
-    if args.loss == "ppo" and args.reweight == "pcpo":
-        raise common.UsageError("--loss ppo does not go with --reweight pcpo; use --loss hinge or rsm")
-    if args.fair_clip != "none" and args.reweight in ("pcpo", "guard"):
-        raise common.UsageError(f"--fair-clip {args.fair_clip} does not go with --reweight {args.reweight}; use none or tempflow")
-    if args.kl == "heuristic" and args.kind == "eps":
-        raise common.UsageError(f"--kl heuristic needs a flow model (g_t of its SDE), --model {args.model} is not one; use true")
-    common.check_above_zero(args, "clip_range", "adv_clip", "tempflow_scale")
-    common.check_not_negative(args, "beta", "anchor_beta", "entropy", "pcpo_w")
-    if args.anchor_max_ratio is not None:
-        common.check_not_negative(args, "anchor_max_ratio")
-    if args.widths:
-        check_states(args, args.widths)
-    if args.reweight != "guard":
-        common.warn_of_clip_range(args)
-
-
-def check_states(args, widths: list[int]) -> None:
-    states = args.num_prompts * args.group_size * sum(map(bool, widths)) + anchor_count(args, widths)
-    if args.updates_per_epoch > states:
-        raise common.UsageError(f"--updates-per-epoch {args.updates_per_epoch} is more than the {states} states of an epoch; use fewer")
-
-
-def find_scheduler(args):
-    """The model's scheduler, of which only the configuration is read; None for a model that is still on the hub."""
-    import diffusers
-
-    cls = diffusers.DDIMScheduler if args.kind == "eps" else diffusers.FlowMatchEulerDiscreteScheduler
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of a deprecated option that diffusers passes to the hub's client
-        try:
-            return cls.from_pretrained(args.model_path, subfolder="scheduler", local_files_only=True)
-        except OSError:
-            return None
-
-
-def sizes(args) -> dict[str, str]:
-    """The lines of --dry-run."""
-    samples, passes = args.num_prompts * args.group_size, 2 if args.cfg != 1 else 1
-    lines = {"images per epoch": f"{samples} = {args.num_prompts} prompts x {args.group_size} seeds"}
-    widths = args.widths
-    if widths is None:
-        text = f"profile {args.profile}: generated from the model's grid when it is loaded"
-        return lines | {"children": text, "memory for the rollout": "unknown before that"}
-    rows, training = sum(widths), [i for i, b in enumerate(widths) if b]
-    if args.branching == "tree":
-        nodes, calls, parents, children = 1, 0, 0, 0
-        for b in widths:
-            calls, parents, children = calls + nodes, parents + nodes * bool(b), children + nodes * b
-            nodes *= b or 1
-        tails = 0
-        lines |= {"leaves per image": str(nodes)}
-    else:
-        anchors = anchor_steps(args, widths)
-        calls, children, nodes, parents = network_evaluations(widths, max([*training, *anchors])), rows, rows, len(training)
-        tails = sum(b * max(0, args.train_steps - 1 - i) for i, b in enumerate(widths)) if args.entropy else 0
-        lines |= {"children per image": f"{rows} on {len(training)} steps: {' '.join(map(str, widths))}"}
-    kept = anchor_count(args, widths)
-    states, reference = samples * parents + kept, samples * parents * needs_reference(args) + kept
-    # x_t, o_old, o_ref and z of the levels, the same again in one piece for the update, the leaves and epoch_batch's noise
-    latents = 2 * (2 * states + samples * children) + reference + states * bool(reference) + samples * (nodes + args.steps + 1)
-    return lines | {
-        "network evaluations per epoch": f"{samples * calls * passes} in the rollout ({samples * (calls + rows) * passes} if parents were evaluated again), {states * passes * args.inner_epochs} with gradient, {(reference + samples * tails) * passes} of the reference",
-        "decodes and reward evaluations per epoch": f"{samples * nodes} images",
-        "training rows per epoch": f"{samples * children}",
-        "memory for the rollout": common.rollout_memory(args, latents, f"{latents} latents: noise, leaves, and twice states, outputs and draws"),
-    }
-
-
-def needs_reference(args) -> bool:
-    """At the states with children, that is; anchors need it always."""
-    return bool(args.kl != "none" and args.beta or args.entropy or args.loss == "rsm")
-
-
-def anchor_steps(args, widths: list[int]) -> list[int]:
-    """Steps without children at which the trunk's states carry a KL; never the last one."""
-    return [i for i in range(min(args.train_steps, args.steps - 1)) if not widths[i]] if args.anchor_beta else []
-
-
-def anchor_count(args, widths: list[int]) -> int:
-    """Anchors of an epoch, over all processes."""
-    samples = args.num_prompts * args.group_size
-    every = samples * len(anchor_steps(args, widths))
-    return every if args.anchor_max_ratio is None else int(min(every, args.anchor_max_ratio * samples * sum(widths)))
-
-
-# ---- method: pure functions of tensors ------------------------------------------------------------------------------
-PROFILES = {"base": (0.0, 0), "uniform": (0.0, 1), "equalvar": (1.0, 1), "lowsnr": (1.0, 5)}  # power; inactive of 9 steps
-
-
+# ---- method: pure functions of tensors ---------------------------------------
 def make_profile(sigma: list[float], power: float, total: int, inactive: int) -> list[int]:
-    """B_i ~ sigma_i^-power over all steps but the last and the `inactive` ones before it, rounded to `total` (RSM).
+    """B_i ~ sigma_i^-power (T,), 0 at the last step and the `inactive` ones before it.  RSM.
 
-    Largest remainders; the earlier step wins a tie.  sigma (T,) in sampling order.  Returns T integers.
+    Rounded to `total` by largest remainders; the earlier step wins a tie.
+    paper: Eq. 19 would ask for power 2, its lists follow 1.
     """
     active = len(sigma) - 1 - inactive
     weight = [s**-power for s in sigma[:active]]
     share = [total * w / sum(weight) for w in weight]
     widths = [int(x) for x in share]
+    # 9 digits: rounding errors must not decide between equal remainders
     order = sorted(range(active), key=lambda i: (-round(share[i] - widths[i], 9), i))
     for i in order[: total - sum(widths)]:
         widths[i] += 1
     return widths + [0] * (len(sigma) - active)
-
-
-def parse_profile(text: str, train_steps: int, steps: int) -> list[int]:
-    """'6,6,8,10' or '0:4,10:4' -> T numbers of children."""
-    widths = [0] * steps
-    try:
-        items = [item.split(":") for item in text.split(",")]
-        pairs = [(n, int(*item)) if len(item) == 1 else tuple(map(int, item)) for n, item in enumerate(items)]
-        if any(len(pair) != 2 for pair in pairs):
-            raise ValueError
-    except ValueError:
-        raise common.UsageError(f"--profile {text} is not a list of numbers 'B_0,B_1,...' or 'step:B,...'") from None
-    for i, b in pairs:
-        if not 0 <= i < steps or b < 0 or b and i >= train_steps:
-            raise common.UsageError(f"--profile {text}: {b} children at step {i} is impossible; the grid has {steps} steps, of which {train_steps} are trained")
-        widths[i] = b
-    if len({i for i, _ in pairs}) < len(pairs):
-        raise common.UsageError(f"--profile {text} names a step twice; give every step once")
-    if not any(widths):
-        raise common.UsageError(f"--profile {text} has no children at all; at least one step needs some")
-    return widths
-
-
-def named_profile(args, sigma: list[float] | None) -> list[int] | None:
-    """The numbers of children of --profile NAME; sigma (T,) is needed where they depend on it, else None comes back."""
-    power, inactive = PROFILES[args.profile]
-    power = power if args.profile_power is None else args.profile_power
-    before_last = args.steps - 1
-    inactive = round(inactive * before_last / 9) if args.profile_inactive is None else args.profile_inactive
-    if not 0 <= inactive < before_last:
-        raise common.UsageError(f"--profile-inactive {inactive} leaves no step of {args.steps} with children; use 0 to {before_last - 1}")
-    if before_last - inactive > args.train_steps:
-        raise common.UsageError(f"--profile {args.profile} puts children on {before_last - inactive} steps, of which {args.train_steps} are trained; raise --profile-inactive to {before_last - args.train_steps}, or --train-fraction")
-    total = args.profile_total
-    if total is None:
-        total = round(7.5 * (before_last - inactive)) if args.profile == "lowsnr" else 6 * before_last
-    if sigma is None and power:
-        return None
-    if sigma and (silent := [i for i in range(before_last - inactive) if sigma[i] < common.MIN_SIGMA]):
-        raise common.UsageError(f"--profile {args.profile} has children at step {silent[0]}, which has no noise with kernel {args.kernel}; raise --profile-inactive")
-    widths = make_profile(sigma or [1.0] * args.steps, power, total, inactive)
-    least = 2 if args.grouping == "seed" or args.group_size < 2 else 1
-    if min(widths[: before_last - inactive]) < least:
-        raise common.UsageError(f"--profile-total {total} leaves a step with fewer than {least} children ({' '.join(map(str, widths))}, --group-size {args.group_size}); raise it")
-    return widths
-
-
-def network_evaluations(widths: list[int], last: int) -> int:
-    """Per image and guidance branch: the trunk up to step `last`, and every child's way to the end.
-
-    The published counts add one per child for evaluating its parent again; the trunk has that already.
-    """
-    return last + 1 + sum(b * (len(widths) - 1 - i) for i, b in enumerate(widths))
 
 
 def clipped_loss(adv, log_ratio, clip_range) -> torch.Tensor:
@@ -290,139 +154,335 @@ def clipped_loss(adv, log_ratio, clip_range) -> torch.Tensor:
 
 
 def hinge_loss(adv, log_ratio, clip_range) -> torch.Tensor:
-    """max(0, xi |A| - A lambda), (R,): the gradient of PPO clipped in log space.  RSM's 'matching' loss, Eq. 104."""
+    """max(0, xi |A| - A lambda), (R,): the gradient of PPO clipped in log space.  RSM Eq. 104."""
     return (clip_range * adv.abs() - adv * log_ratio).clamp(min=0)
 
 
-def rsm_loss(adv, drift, moved, z, gamma, c2, beta: float, open_row) -> torch.Tensor:
-    """Eq. 10 for policy gradients, per scalar of the latent as the KL is, elements of (R, C, h, w):
+def temporal_weights(reweight: str, fair_clip: str, adv, sigma, dt, pcpo, scale: float):
+    """gamma(t) and beta C2 of Eq. 10, each (R,), that a method amounts to.  RSM's Table 1.
 
-    beta/2 ||drift - gamma A z / beta||^2 + beta/2 C2 ||moved||^2,  drift = (mu_theta - mu_ref) / sigma, moved = the
-    same to old; C1 = beta b^2 / (2 sigma^2), Psi = sigma A z / (beta b).  Rows that the clip closes have gamma = C2 = 0.
+    adv is A, for PPO's gradient A ratio;  pcpo = w~_t / w_t.
+    """
+    if reweight == "tempflow":
+        gamma, c2 = scale * sigma, scale * sigma * adv
+    elif reweight == "pcpo":
+        gamma, c2 = pcpo, pcpo**2 * adv
+    elif reweight == "guard":  # its ratio lacks -|moved|^2 / 2, the pull to the old policy
+        gamma, c2 = sigma / dt, torch.zeros_like(adv)
+    else:
+        gamma, c2 = torch.ones_like(adv), adv
+    return (gamma * sigma / dt, c2 * sigma / dt) if fair_clip == "guard" else (gamma, c2)
+
+
+def rsm_loss(adv, drift, moved, z, gamma, c2, beta: float, open_row) -> torch.Tensor:
+    """Eq. 10 for policy gradients, per scalar of the latent as the KL is, (R, C, h, w):
+
+    beta/2 |drift - gamma A z / beta|^2 + beta/2 C2 |moved|^2, where drift = (mu_theta -
+    mu_ref) / sigma, moved = (mu_theta - mu_old) / sigma, C1 = beta b^2 / (2 sigma^2) and
+    Psi = sigma A z / (beta b).  Rows that the clip closes have gamma = C2 = 0.
     """
     a, g, c, keep = (v[:, None, None, None] for v in (adv, gamma, c2, open_row.to(adv)))
     return beta / 2 * (drift - keep * g * a * z / beta) ** 2 + beta / 2 * keep * c * moved**2
 
 
-def pcpo_weights(grid: common.Grid, steps: list[int]) -> torch.Tensor:
-    """w~_t (T,), signed as grid.w: zeta dt with zeta = sum w / sum dt over `steps` (flow), or the mean w (SD1.5)."""
-    w = grid.w[steps].abs()
-    return -w.sum() / grid.dt[steps].sum() * grid.dt if grid.kind == "flow" else -w.mean().expand(grid.steps)
+@dataclass
+class Level:
+    """What the rollout keeps of step i: P states with B children each; B = 0 for anchors."""
 
-
-def pcpo_grid(grid: common.Grid, big_w: float) -> common.Grid:
-    """SD1.5's DDIM grid with PCPO's sigma~, for which (c1 + c2) / sigma~ = W (ref-code; docs/grpo.md)."""
-    c1 = grid.nu * grid.alpha_s / grid.alpha
-    root = grid.nu_s**2 * (big_w**2 + 1) - c1**2
-    sigma = (big_w * c1 + root.clamp(min=0).sqrt()) / (big_w**2 + 1)
-    if (root < 0).any() or (sigma > grid.nu_s).any():
-        raise common.UsageError(f"--pcpo-w {big_w} has no sampler on this grid of {grid.steps} steps; use a larger value, more --steps, or 0")
-    return dataclasses.replace(grid, sigma=sigma, o_coef=-c1 + (grid.nu_s**2 - sigma**2).sqrt())
-
-
-def sde_grids(scheduler, args) -> tuple[common.Grid, common.Grid]:
-    """The kernel's own grid, and the one that children are drawn with."""
-    native = common.make_grid(scheduler, args.kind, args.steps, args.kernel, args.noise_level)
-    pcpo = args.reweight == "pcpo" and args.kind == "eps" and args.pcpo_w
-    return native, pcpo_grid(native, args.pcpo_w) if pcpo else native
+    x_t: torch.Tensor  # (P, C, h, w), as are the next two
+    o_old: torch.Tensor
+    o_ref: torch.Tensor | None  # None where no term needs it
+    z: torch.Tensor  # (P, B, C, h, w): the draws that made the children
+    image: torch.Tensor  # (P,) local sample
+    value: torch.Tensor | None = None  # (P, B) mean return of the leaves below each child
 
 
 @dataclass
-class Level:
-    """Step i: P states, each with B children.  On a trunk P = N images, or those that have an anchor here, and B = 0."""
+class Rows:
+    """S states, each a network pass, and their R children, each a row of the loss."""
 
-    x_t: torch.Tensor  # (P, C, h, w)
+    x_t: torch.Tensor  # (S, C, h, w), as are the next two
     o_old: torch.Tensor
-    o_ref: torch.Tensor | None  # None where nothing needs it
-    z: torch.Tensor  # (P, B, C, h, w)
-    image: torch.Tensor  # (P,) local index
-    value: torch.Tensor | None = None  # (P, B) mean reward of the leaves below each child
+    o_ref: torch.Tensor  # NaN where no term needs it, so that a use by mistake shows
+    step: torch.Tensor  # (S,)
+    image: torch.Tensor  # (S,) local sample
+    width: torch.Tensor  # (S,) number of children; a state without any is an anchor
+    z: torch.Tensor  # (R, C, h, w), state by state, as are the next two
+    adv: torch.Tensor  # (R,) A
+    equal: torch.Tensor  # (R,) whether all values of its group are equal
+
+    @property
+    def parent(self) -> torch.Tensor:
+        """(R,) the state of each child."""
+        return torch.arange(len(self.width)).repeat_interleave(self.width)
+
+    def __getitem__(self, p: torch.Tensor) -> "Rows":
+        """The states p and their children."""
+        first = (self.width.cumsum(0) - self.width).tolist()
+        c = [first[q] + b for q in p.tolist() for b in range(self.width[q])]
+        c = torch.tensor(c, dtype=torch.long)
+        states = (v[p] for v in (self.x_t, self.o_old, self.o_ref, self.step, self.image, self.width))
+        return Rows(*states, self.z[c], self.adv[c], self.equal[c])
+
+    def find(self, pairs: torch.Tensor) -> torch.Tensor:
+        """The states of these (image, step): several in a tree, none for an anchor left out."""
+        of = defaultdict(list)
+        for p, pair in enumerate(zip(self.image.tolist(), self.step.tolist())):
+            of[pair].append(p)
+        return torch.tensor([p for n, i in pairs.tolist() for p in of[n, i]], dtype=torch.long)
 
 
-# ---- rollout --------------------------------------------------------------------------------------------------------
-def branch_noise(args, epoch: int, i: int, indices, count: int, shape, device) -> torch.Tensor:
+def all_rows(levels: dict[int, Level], adv: torch.Tensor, equal: torch.Tensor) -> Rows:
+    """The states of all steps and their children, step by step."""
+    every = list(levels.values())
+    x_t, o_old = torch.cat([v.x_t for v in every]), torch.cat([v.o_old for v in every])
+    o_ref = x_t.new_tensor(torch.nan).expand_as(x_t)  # a view: no memory
+    if any(v.o_ref is not None for v in every):
+        ref = [torch.full_like(v.x_t, torch.nan) if v.o_ref is None else v.o_ref for v in every]
+        o_ref = torch.cat(ref)
+    count = torch.tensor([len(v.x_t) for v in every])
+    step = torch.tensor(list(levels)).repeat_interleave(count)
+    width = torch.tensor([v.z.shape[1] for v in every]).repeat_interleave(count)
+    image, z = torch.cat([v.image for v in every]), torch.cat([v.z.flatten(0, 1) for v in every])
+    return Rows(x_t, o_old, o_ref, step, image, width, z, adv, equal)
+
+
+def main(args):
+    # ---- setup ---------------------------------------------------------------
+    run = harness.setup(args, "tempflow_rsm")
+    policy = harness.load_policy(args, run)
+    theta = harness.add_lora(policy, args)
+    reward, more = rewards.load_args(args, run.device)
+    native = policy.grid(args.steps, args.kernel, args.noise_level)
+    ode = policy.grid(args.steps, "ode", 0.0)
+    sde = stochastic_grid(native, args)
+    trainable = common.policy_steps(sde, args.train_steps)
+    widths = children_per_step(args, sde.sigma.tolist())  # B_i, (T,)
+    branching, anchors = [i for i, b in enumerate(widths) if b], anchor_steps(args, widths)
+    mean_width = sum(widths) / len(branching)
+    if run.is_main and args.branching == "trunk":
+        print(f"children per step: {' '.join(map(str, widths))}")
+    w_loss = sde.w  # of the log ratio in the loss
+    if args.reweight == "pcpo":  # w~, of the native grid also for PCPO's own sampler
+        kind, of = ("zeta", branching) if args.kind == "flow" else ("public", trainable)
+        w_loss = common.pcpo_weights(native, of, kind)
+    optimiser = harness.make_optimiser(args, run, theta)
+    spreads = [f"value_std/{i:02d}" for i in branching]
+    columns = dataclasses.replace(METRICS, more=(*spreads, *METRICS.more))
+    recorder = harness.Recorder(
+        run, args, policy, optimiser, (reward, more), rewards.RewardError, columns
+    )
+
+    for epoch in recorder.epochs():
+        # ---- 1 rollout -------------------------------------------------------
+        recorder.phase()
+        batch = harness.epoch_batch(args, policy, epoch)
+        with common.progress(None, "rollout") as bar:
+            if args.branching == "tree":
+                levels, ends = tree_rollout(policy, sde, ode, batch, widths, args, epoch, bar)
+                leaves = {-1: (ends, None)}
+            else:
+                kept = kept_anchors(args, epoch, anchors, sum(widths))
+                levels, leaves = trunk_rollout(policy, sde, ode, batch, widths, args, epoch, bar, kept)
+
+        # ---- 2 reward --------------------------------------------------------
+        recorder.phase()
+        with recorder.scoring(epoch):
+            returns, parts = score(policy, reward, leaves, batch, args)
+        final = torch.cat(list(returns.values()))
+        if args.branching == "tree":
+            back_up(levels, sde, args, final)
+        else:
+            for i, (_, cost) in leaves.items():
+                levels[i].value = returns[i].view(cost.shape) - args.entropy * cost
+
+        # ---- 3 advantage -----------------------------------------------------
+        images, found, spread = args.group_size if args.grouping == "prompt" else 1, [], {}
+        for i, key in zip(branching, spreads):
+            value = levels[i].value.flatten()
+            # image by image, hence prompt by prompt: groups are blocks of equal size
+            group = images * len(value) // len(batch.prompts)
+            found.append(common.group_advantage(value, group, "group"))
+            spread[key] = common.gather(value.view(-1, group).std(1, correction=0)).mean().item()
+        adv, equal = (torch.cat(each) for each in zip(*found))
+        every = all_rows(levels, adv.clamp(-args.adv_clip, args.adv_clip), equal)
+
+        # ---- 4 update --------------------------------------------------------
+        recorder.phase()
+        stats, norms, steps = recorder.stats(epoch), [], sorted(branching + anchors)
+        for update, part in enumerate(harness.epoch_updates(args, batch, steps, epoch)):
+            mine = every.find(part)
+            count = count_rows(every, mine)  # over all processes
+            if not count["states"]:  # anchors only, all of them left out: no update
+                continue
+            for chunk in common.micro_batches(mine, args.micro_batch_size, f"update {update + 1}"):
+                rows = every[chunk]
+                x_t, own = rows.x_t, rows.parent
+                i = rows.step[own]  # (R,)
+                # 4a: lambda, each child's log ratio to the rollout's policy at its parent's state
+                o = policy.predict(x_t, ode.time(rows.step, x_t), batch.cond[rows.image], args.cfg)
+                w, shift = sde.at(sde.w, i, o), (o - rows.o_old)[own]
+                moved = w * shift  # (mu_theta - mu_old) / sigma, (R, C, h, w)
+                if update == 0 and len(own):  # anchors have no draws to check
+                    stats.check_start(moved, rows.z)
+                # 4b: the loss, and the log ratio that it compares with its clip range
+                loss, log_ratio, xi = policy_loss(sde, rows, i, sde.at(w_loss, i, o) * shift, args)
+                # 4c: + beta KL, anchors, gradients
+                # known: the states where the reference was asked, all or the anchors
+                known = slice(None) if needs_reference(args) else rows.width == 0
+                drift = o[known] - rows.o_ref[known]
+                delta = sde.at(sde.w, rows.step[known], o) * drift  # (mu_theta - mu_ref) / sigma
+                kl_ref = common.kl_divergence(delta, args.logprob_reduce)
+                kl, anchor = kl_terms(sde, rows, i, kl_ref, drift, mean_width, args)
+                total = loss + args.beta * kl
+                if args.loss == "rsm":
+                    total = eq_10(sde, rows, i, w * drift[own], moved, loss, w_loss, args)
+                total = total * ~rows.equal  # no policy term, hence no KL to hold it either
+                if args.branching == "trunk":  # every step weighs the same, whatever its width
+                    total = total * mean_width / rows.width[own].to(total)
+                # micro-batches and processes add up to the mean over the update's rows, anchors
+                anchored = args.anchor_beta * anchor.sum() / max(1.0, count["anchors"])
+                optimiser.backward(total.sum() / max(1.0, count["rows"]) + anchored)
+                ratio, outside = log_ratio.exp(), log_ratio.abs() > xi
+                stats.add({
+                    "loss/total": total, "loss/policy": loss, "loss/kl": kl,
+                    "loss/anchor": anchor, "kl/ref": kl_ref,
+                    "ratio/mean": ratio, "ratio/clip_frac": outside.float(),
+                    "ratio/approx_kl": 0.5 * log_ratio**2,
+                    "adv/mean": rows.adv, "adv/zero_std_frac": rows.equal.float(),
+                })  # fmt: skip
+                stats.top("ratio/max", ratio.max().item() if len(own) else 0.0)
+            norms += optimiser.step()  # 4c: all-reduce, clip, AdamW on theta
+
+        # ---- 5 log, samples, checkpoint, eval --------------------------------
+        metrics = stats.result() | spread | {"grad/norm": sum(norms) / len(norms)}
+        recorder.end_epoch(epoch, final, parts, metrics)
+    recorder.finish()
+
+
+# ---- pieces that need the networks or the flags ------------------------------
+def stochastic_grid(native: common.Grid, args) -> common.Grid:
+    """The sampler of the stochastic steps: for PCPO on SD1.5 its own, unless --pcpo-w is 0."""
+    public = args.reweight == "pcpo" and args.kind == "eps" and args.pcpo_w
+    return common.pcpo_grid(native, args.pcpo_w) if public else native
+
+
+def needs_reference(args) -> bool:
+    """Whether the states with children ask the pretrained model, too; anchors always do."""
+    return bool(args.kl != "none" and args.beta or args.entropy or args.loss == "rsm")
+
+
+def anchor_steps(args, widths: list[int]) -> list[int]:
+    """Steps without children at which the trunk's states carry a KL; never the last one."""
+    last = min(args.train_steps, args.steps - 1)
+    return [i for i in range(last) if not widths[i]] if args.anchor_beta else []
+
+
+def anchor_count(args, steps: list[int], rows: int) -> int:
+    """Anchors of an epoch over all processes, where an image has `rows` children."""
+    samples, ratio = args.num_prompts * args.group_size, args.anchor_max_ratio
+    every = samples * len(steps)
+    return every if ratio is None else int(min(every, ratio * samples * rows))
+
+
+def kept_anchors(args, epoch: int, steps: list[int], rows: int) -> set | None:
+    """The (sample index, step) pairs that are anchors in this epoch; None = all of them."""
+    if args.anchor_max_ratio is None:
+        return None
+    pairs = [(n, i) for n in range(args.num_prompts * args.group_size) for i in steps]
+    order = torch.randperm(len(pairs), generator=common.generator("anchors", args.seed, epoch))
+    return {pairs[j] for j in order[: anchor_count(args, steps, rows)].tolist()}
+
+
+def branch_noise(args, epoch: int, i, indices, count: int, shape, device) -> torch.Tensor:
     """(N, count, C, h, w): the draws of step i, by (seed, epoch, step, sample index)."""
-    draws = [torch.randn((count, *shape), generator=common.generator("branch", args.seed, epoch, i, n)) for n in indices]
+    keys = [("branch", args.seed, epoch, i, n) for n in indices]
+    draws = [torch.randn((count, *shape), generator=common.generator(*key)) for key in keys]
     return torch.stack(draws).to(device)
 
 
-def evaluate_states(policy, grid, args, x, cond, i: int) -> torch.Tensor:
-    """o at the states x (P, C, h, w) of step i, in micro-batches."""
+def evaluate(policy, grid, args, x, cond, i: int, frozen: bool = False) -> torch.Tensor:
+    """o, or o_ref, at the states x (P, C, h, w) of step i, in micro-batches."""
     o = torch.empty_like(x)
-    for start in range(0, len(x), args.micro_batch_size):
-        rows = slice(start, start + args.micro_batch_size)
-        o[rows] = policy.predict(x[rows], grid.time(i, len(x[rows]), x.device), cond[rows], args.cfg)
+    with policy.reference() if frozen else nullcontext():
+        for start in range(0, len(x), args.micro_batch_size):
+            rows = slice(start, start + args.micro_batch_size)
+            o[rows] = policy.predict(x[rows], grid.time(i, x[rows]), cond[rows], args.cfg)
     return o
 
 
-def evaluate_reference(policy, grid, args, x, cond, i: int) -> torch.Tensor:
-    with policy.reference():
-        return evaluate_states(policy, grid, args, x, cond, i)
-
-
 def log_ratio_to_ref(grid, args, i: int, o, o_ref, z) -> torch.Tensor:
-    """log p_old - log p_ref of the draws z (P, B, ...) of step i: (P, B)."""
-    delta = (grid.at(grid.w, i, o) * (o_ref - o))[:, None]
-    return -common.log_ratio((delta + 0 * z).flatten(0, 1), z.flatten(0, 1), args.logprob_reduce).view(z.shape[:2])
+    """log p_old - log p_ref of the draws z (P, B, C, h, w) of step i, (P, B)."""
+    delta = (grid.at(grid.w, i, o) * (o_ref - o))[:, None].expand_as(z)
+    # common's is of the other Gaussian over the one that made z, hence the sign
+    return -common.log_ratio(delta.flatten(0, 1), z.flatten(0, 1), args.logprob_reduce).view(z.shape[:2])
 
 
 @torch.no_grad()
-def trunk_rollout(policy, sde, ode, batch, widths, args, epoch, bar, anchored=None):
-    """ODE trunks with one-step children -> {step: Level}, {step: (x_0 (N B, ...), entropy cost (N, B))}.
+def trunk_rollout(policy, sde, ode, batch, widths, args, epoch, bar, kept=None):
+    """ODE trunks with one-step children -> {step: Level}, {step: what child_ends() gives}.
 
-    `anchored`: the (sample index, step) pairs that are anchors in this epoch; None = all images at all anchor steps.
+    kept: the (sample index, step) pairs that are anchors in this epoch; None = all.
     """
-    device, shape = batch.noise.device, policy.latent_shape
-    anchors, wanted = anchor_steps(args, widths), [i for i, b in enumerate(widths) if b]
+    anchors, branching = anchor_steps(args, widths), [i for i, b in enumerate(widths) if b]
     x, levels, leaves = batch.noise[:, 0], {}, {}
-    for i in range(max([*wanted, *anchors]) + 1):
-        o = evaluate_states(policy, ode, args, x, batch.cond, i)
-        image = torch.arange(len(x) if i in wanted or i in anchors else 0)
-        if i in anchors and anchored is not None:
-            image = torch.tensor([n for n, index in enumerate(batch.indices) if (index, i) in anchored], dtype=torch.long)
+    for i in range(max([*branching, *anchors]) + 1):  # no further than it is needed
+        o = evaluate(policy, ode, args, x, batch.cond, i)
+        image = torch.arange(len(x) if i in branching or i in anchors else 0)
+        if i in anchors and kept is not None:
+            image = image[[(n, i) in kept for n in batch.indices]]
         if len(image):
             x_t, cond, indices = x[image], batch.cond[image], [batch.indices[n] for n in image]
-            reference = needs_reference(args) or i in anchors
-            o_ref = evaluate_reference(policy, ode, args, x_t, cond, i) if reference else None
-            z = branch_noise(args, epoch, i, indices, widths[i], shape, device)
+            frozen = needs_reference(args) or i in anchors
+            o_ref = evaluate(policy, ode, args, x_t, cond, i, frozen) if frozen else None
+            z = branch_noise(args, epoch, i, indices, widths[i], policy.latent_shape, x.device)
             levels[i] = Level(x_t, o[image], o_ref, z, image)
         x = ode.mu(x, o, i)
         bar.update(1)
-    for i in wanted:
-        level = levels[i]
-        x = (sde.mu(level.x_t, level.o_old, i)[:, None] + sde.at(sde.sigma, i, level.z) * level.z).flatten(0, 1)
-        cond = batch.cond[torch.arange(len(level.x_t)).repeat_interleave(widths[i])]
-        cost = torch.zeros(level.z.shape[:2], device=device)
-        for j in range(i + 1, ode.steps):  # all children of all images in one batch
-            stochastic = args.tail == "sde" and j < args.train_steps and sde.sigma[j] >= common.MIN_SIGMA
-            o = evaluate_states(policy, ode, args, x, cond, j)
-            if stochastic:
-                z = branch_noise(args, epoch, f"{i}/{j}", batch.indices, widths[i], shape, device).flatten(0, 1)
-                if args.entropy:
-                    o_ref = evaluate_reference(policy, ode, args, x, cond, j)
-                    cost += log_ratio_to_ref(sde, args, j, o, o_ref, z[:, None]).view_as(cost)
-                x = sde.mu(x, o, j) + sde.at(sde.sigma, j, x) * z
-            else:
-                x = ode.mu(x, o, j)
+    for i in branching:
+        leaves[i] = child_ends(policy, sde, ode, batch, levels[i], i, args, epoch)
         bar.update(1)
-        leaves[i] = (x, cost)
     return levels, leaves
+
+
+def child_ends(policy, sde, ode, batch, level, i: int, args, epoch):
+    """x_0 (N B, C, h, w) of step i's children, and on the way sum log(p_old / p_ref), (N, B).
+
+    The sum is of the stochastic steps of --tail sde and for --entropy, else 0.
+    """
+    x = sde.mu(level.x_t, level.o_old, i)[:, None] + sde.at(sde.sigma, i, level.z) * level.z
+    x, cost = x.flatten(0, 1), torch.zeros(x.shape[:2], device=x.device)
+    cond = batch.cond[level.image.repeat_interleave(cost.shape[1])]
+    for j in range(i + 1, ode.steps):  # all children of all images in one batch
+        o = evaluate(policy, ode, args, x, cond, j)
+        if args.tail == "ode" or j >= args.train_steps or sde.sigma[j] < common.MIN_SIGMA:
+            x = ode.mu(x, o, j)
+            continue
+        key = f"{i}/{j}"  # step j's own children have other draws
+        z = branch_noise(args, epoch, key, batch.indices, cost.shape[1], policy.latent_shape, x.device)
+        z = z.flatten(0, 1)
+        if args.entropy:
+            o_ref = evaluate(policy, ode, args, x, cond, j, frozen=True)
+            cost += log_ratio_to_ref(sde, args, j, o, o_ref, z[:, None]).view_as(cost)
+        x = sde.mu(x, o, j) + sde.at(sde.sigma, j, x) * z
+    return x, cost
 
 
 @torch.no_grad()
 def tree_rollout(policy, sde, ode, batch, widths, args, epoch, bar):
     """Stochastic trees -> {step: Level} and the leaves (N L, C, h, w)."""
     x, nodes, levels = batch.noise[:, 0], 1, {}
-    for i in range(sde.steps):
+    for i, b in enumerate(widths):
         image = torch.arange(len(batch.noise)).repeat_interleave(nodes)
         cond = batch.cond[image]
-        o = evaluate_states(policy, ode, args, x, cond, i)
-        if widths[i] and sde.sigma[i] >= common.MIN_SIGMA:
-            o_ref = evaluate_reference(policy, ode, args, x, cond, i) if needs_reference(args) else None
-            z = branch_noise(args, epoch, i, batch.indices, nodes * widths[i], policy.latent_shape, x.device)
-            z = z.view(-1, widths[i], *policy.latent_shape)
+        o = evaluate(policy, ode, args, x, cond, i)
+        if b and sde.sigma[i] >= common.MIN_SIGMA:
+            o_ref = evaluate(policy, ode, args, x, cond, i, True) if needs_reference(args) else None
+            z = branch_noise(args, epoch, i, batch.indices, nodes * b, policy.latent_shape, x.device)
+            z = z.view(-1, b, *policy.latent_shape)  # (N nodes, B, C, h, w)
             levels[i] = Level(x, o, o_ref, z, image)
-            x, nodes = (sde.mu(x, o, i)[:, None] + sde.at(sde.sigma, i, z) * z).flatten(0, 1), nodes * widths[i]
+            x = (sde.mu(x, o, i)[:, None] + sde.at(sde.sigma, i, z) * z).flatten(0, 1)
+            nodes = nodes * b
         else:
             x = ode.mu(x, o, i)
         bar.update(1)
@@ -430,187 +490,262 @@ def tree_rollout(policy, sde, ode, batch, widths, args, epoch, bar):
 
 
 def back_up(levels, grid, args, reward: torch.Tensor) -> None:
-    """Node values of a tree: the mean of the leaves below, minus the entropy cost on the way (RSM Eq. 57-60)."""
+    """Values of a tree's nodes: the mean of the leaves below, less the entropy cost on the way.
+
+    RSM Eq. 57-60: a step's own log ratio is a cost to its parent, not to the child it leads to.
+    """
     value = reward
     for i in sorted(levels, reverse=True):
         level = levels[i]
-        level.value = value.view(level.z.shape[:2])
-        cost = args.entropy * log_ratio_to_ref(grid, args, i, level.o_old, level.o_ref, level.z) if args.entropy else 0.0
-        value = (level.value - cost).mean(1)
+        value = level.value = value.view(level.z.shape[:2])
+        if args.entropy:
+            cost = log_ratio_to_ref(grid, args, i, level.o_old, level.o_ref, level.z)
+            value = value - args.entropy * cost
+        value = value.mean(1)
 
 
-def main(args):
-    # ---- setup ------------------------------------------------------------------------------------------------------
-    run = common.setup(args, "tempflow_rsm")
-    policy = common.Policy(args, run)
-    params = common.add_lora(policy, args)
-    reward, more = rewards.load_args(args, run.device)
-    native, sde = sde_grids(policy.pipe.scheduler, args)
-    ode = common.make_grid(policy.pipe.scheduler, policy.kind, args.steps, "ode", 0.0)
-    trainable = common.policy_steps(sde, args.train_steps)
-    widths = args.widths or named_profile(args, sde.sigma.tolist())
-    branching = args.splits if args.branching == "tree" else [i for i, b in enumerate(widths) if b]
-    if without := [i for i in branching if i not in trainable]:
-        flag = "--tree-splits splits" if args.branching == "tree" else "--profile has children"
-        raise common.UsageError(f"{flag} at step {without[0]}, which has no noise with kernel {args.kernel}; leave it out")
-    widths = [b if i in trainable else 0 for i, b in enumerate(widths)]  # a tree goes on without noise there
-    check_states(args, widths)
-    if run.is_main and args.branching == "trunk":
-        print(f"children per step: {' '.join(map(str, widths))}")
-    with_children, anchors = [i for i, b in enumerate(widths) if b], anchor_steps(args, widths)
-    mean_width = sum(widths) / len(with_children)
-    weights = pcpo_weights(native, with_children if policy.kind == "flow" else trainable)
-    optimiser = common.Optimiser(args, run, params)
-    means = ["loss/total", "loss/policy", "loss/kl", "loss/anchor", "kl/ref", "ratio/mean", "ratio/clip_frac", "ratio/approx_kl", "adv/mean", "adv/zero_std_frac"]
-    tops = ["ratio/max", "ratio/start_deviation"]
-    per_step = [f"value_std/{i:02d}" for i in with_children]
-    recorder = common.Recorder(run, args, policy, optimiser, reward, more, rewards.RewardError, [*means, "adv/std", *tops, *per_step, "grad/norm"])
-
-    for epoch in recorder.epochs():
-        # ---- 1 rollout ----------------------------------------------------------------------------------------------
-        recorder.phase()
-        batch = common.epoch_batch(policy, args, run, epoch)
-        anchored = kept_anchors(args, run, epoch, anchors, sum(widths))
-        bar = tqdm(desc="rollout", leave=False, disable=not run.is_main or None)
-        if args.branching == "tree":
-            levels, ends = tree_rollout(policy, sde, ode, batch, widths, args, epoch, bar)
-            leaves = {-1: (ends, None)}
-        else:
-            levels, leaves = trunk_rollout(policy, sde, ode, batch, widths, args, epoch, bar, anchored)
-        bar.close()
-
-        # ---- 2 reward -----------------------------------------------------------------------------------------------
-        recorder.phase()
-        scores = {}
-        with recorder.scoring(epoch), torch.no_grad():
-            for i, (x0, _) in leaves.items():
-                owner = torch.arange(len(batch.prompts)).repeat_interleave(len(x0) // len(batch.prompts)).tolist()
-                texts, extra = [batch.texts[n] for n in owner], [batch.metadata[n] for n in owner]
-                scores[i] = reward(policy.decode(x0), texts, extra, chunk=args.reward_batch_size)
-        if args.branching == "tree":
-            back_up(levels, sde, args, scores[-1][0])
-        else:
-            for i in with_children:
-                levels[i].value = scores[i][0].view(levels[i].z.shape[:2]) - args.entropy * leaves[i][1]
-        final = torch.cat([total for total, _ in scores.values()])
-        parts = {name: torch.cat([p[name] for _, p in scores.values()]) for name in next(iter(scores.values()))[1]}
-
-        # ---- 3 advantage --------------------------------------------------------------------------------------------
-        children, spread = [], {}
-        for i in with_children:
-            level = levels[i]
-            seeds = args.group_size if args.grouping == "prompt" else 1
-            group = seeds * level.value.numel() // len(batch.prompts)
-            adv, equal = common.group_advantage(level.value.flatten(), group, "group", run)
-            children.append((level.z.flatten(0, 1), adv.clamp(-args.adv_clip, args.adv_clip), equal))
-            spread[f"value_std/{i:02d}"] = common.gather(level.value.view(-1, group).std(1, correction=0), run).mean().item()
-        z, adv, equal = (torch.cat(c) for c in zip(*children))  # a row per child, in the order of the states
-        every = list(levels.values())  # x_t, o_old, o_ref, step, width, sample: a row per state
-        x_t, o_old = torch.cat([level.x_t for level in every]), torch.cat([level.o_old for level in every])
-        o_ref = None
-        if needs_reference(args) or anchors:
-            o_ref = torch.cat([torch.full_like(v.x_t, torch.nan) if v.o_ref is None else v.o_ref for v in every])
-        count = torch.tensor([len(level.x_t) for level in every])
-        step, width = (torch.tensor(v).repeat_interleave(count) for v in (list(levels), [level.z.shape[1] for level in every]))
-        sample = torch.cat([level.image for level in every])
-        first_child = width.cumsum(0) - width
-        states = {}  # (image, step): its rows; none where an anchor is left out
-        for p, key in enumerate(zip(sample.tolist(), step.tolist())):
-            states.setdefault(key, []).append(p)
-
-        # ---- 4 update -----------------------------------------------------------------------------------------------
-        recorder.phase()
-        stats, norms, checked = common.Stats(means, tops), [], False
-        for update, part in enumerate(common.epoch_updates(args, run, sorted(with_children + anchors), epoch)):
-            mine = torch.tensor([p for n, i in part.tolist() for p in states.get((n, i), [])], dtype=torch.long)
-            family = [torch.arange(first_child[p], first_child[p] + width[p]) for p in mine]
-            count = {"rows": float(sum((~equal[f]).sum() for f in family)), "anchors": float((width[mine] == 0).sum())}
-            count = common.all_reduce(count | {"states": float(len(mine))}, run)
-            if not count["states"]:  # anchors only, which are all left out
-                continue
-            count = {k: max(1.0, v) for k, v in count.items()}
-            for rows in common.micro_batches(torch.arange(len(mine)), args.micro_batch_size, run, f"update {update + 1}"):
-                p = mine[rows]
-                o = policy.predict(x_t[p], ode.time(step[p], len(p), run.device), batch.cond[sample[p]], args.cfg)
-                # 4a: each child's log ratio; its parent's outputs are its own
-                c = torch.cat([family[j] for j in rows])
-                own = torch.arange(len(p)).repeat_interleave(width[p])
-                i = step[p][own]
-                sigma, dt, a = sde.sigma[i].to(x_t), sde.dt[i].to(x_t), adv[c]
-                shift = (o - o_old[p])[own]
-                moved = sde.at(sde.w, i, o) * shift
-                log_ratio = common.log_ratio(moved, z[c], args.logprob_reduce)
-                if update == 0 and not checked and len(c):
-                    stats.top("ratio/start_deviation", common.check_start(moved, z[c], args, run, epoch))
-                    checked = True
-                # 4b: the loss, its gamma(t) and its clip range
-                gamma, c2 = torch.ones_like(a), a
-                if args.reweight == "tempflow":
-                    gamma, c2 = args.tempflow_scale * sigma, args.tempflow_scale * sigma * a
-                elif args.reweight == "pcpo":
-                    log_ratio = common.log_ratio(sde.at(weights, i, o) * shift, z[c], args.logprob_reduce)
-                    gamma = (weights / sde.w)[i].to(x_t)
-                    c2 = gamma**2 * a
-                elif args.reweight == "guard":
-                    log_ratio = common.reduce_latent(moved * z[c], args.logprob_reduce) * sigma
-                    gamma, c2 = sigma / dt, torch.zeros_like(a)
-                clip_range = args.clip_range / sigma**2 if args.fair_clip != "none" else args.clip_range
-                if args.loss == "ppo":
-                    loss = clipped_loss(a, log_ratio, clip_range)
-                else:
-                    loss = hinge_loss(a, log_ratio, clip_range)
-                if args.reweight == "guard":
-                    loss = loss / dt
-                elif args.reweight == "tempflow":
-                    loss = loss * gamma
-                if args.fair_clip == "guard":
-                    loss, gamma, c2 = loss * sigma / dt, gamma * sigma / dt, c2 * sigma / dt
-                # 4c: + KL, anchors, gradients
-                kl, values, anchor = torch.zeros_like(loss), {}, torch.zeros(0, device=run.device)
-                if o_ref is not None:
-                    known = slice(None) if needs_reference(args) else width[p] == 0  # else only anchors have o_ref
-                    drift = o[known] - o_ref[p[known]]
-                    here = common.kl_divergence(sde.at(sde.w, step[p[known]], o) * drift, args.logprob_reduce)
-                    values["kl/ref"] = here
-                    if args.kl != "none" and needs_reference(args):
-                        kl = here[own] * (dt if args.kl == "heuristic" else 1.0)
-                    anchor = here * mean_width
-                    if args.anchor_form == "pcpo":
-                        anchor = 0.5 * (args.pcpo_w or 1.0) ** 2 * common.reduce_latent(drift**2, "mean")
-                    anchor = anchor[width[p[known]] == 0]
-                row = loss + args.beta * kl
-                if args.loss == "rsm":
-                    open_row = loss.detach() > 0
-                    eq10 = rsm_loss(a, sde.at(sde.w, i, o) * drift[own], moved, z[c], gamma, c2 / args.beta, args.beta, open_row)
-                    row = common.reduce_latent(eq10, args.logprob_reduce)
-                row = row * ~equal[c]
-                if args.branching == "trunk":
-                    row = row * mean_width / width[p][own].to(row)
-                optimiser.backward(row.sum() / count["rows"] + args.anchor_beta * anchor.sum() / count["anchors"])
-                ratio = log_ratio.exp()
-                stats.add(values | {
-                    "loss/total": row, "loss/policy": loss, "loss/kl": kl, "loss/anchor": anchor, "ratio/mean": ratio,
-                    "ratio/clip_frac": (log_ratio.abs() > clip_range).float(), "ratio/approx_kl": 0.5 * log_ratio**2,
-                    "adv/mean": a, "adv/zero_std_frac": equal[c].float(),
-                })  # fmt: skip
-                stats.top("ratio/max", ratio.max().item() if len(c) else 0.0)
-            norms += optimiser.step()
-
-        # ---- 5 log, samples, checkpoint, eval -----------------------------------------------------------------------
-        metrics = stats.result(run, std=("adv/mean",)) | spread | {"grad/norm": sum(norms) / len(norms)}
-        recorder.end_epoch(epoch, final, parts, metrics)
-    recorder.finish()
+@torch.no_grad()
+def score(policy, reward, leaves, batch, args):
+    """{step: rewards (N L,) of its leaves, image by image}, and the terms of all of them."""
+    found = {}
+    for i, (x0, _) in leaves.items():
+        per = len(x0) // len(batch.prompts)
+        texts, extra = ([v for v in each for _ in range(per)] for each in (batch.texts, batch.metadata))
+        found[i] = reward(policy.decode(x0), texts, extra, chunk=args.reward_batch_size)
+    terms = [terms for _, terms in found.values()]
+    parts = {name: torch.cat([each[name] for each in terms]) for name in terms[0]}
+    return {i: total for i, (total, _) in found.items()}, parts
 
 
-def kept_anchors(args, run, epoch: int, steps: list[int], rows: int) -> set | None:
-    """The (sample index, step) pairs that are anchors in this epoch; None = all.  --anchor-max-ratio per child row."""
-    if args.anchor_max_ratio is None:
+def count_rows(every: Rows, mine: torch.Tensor) -> dict[str, float]:
+    """States, anchors and rows that count among the states `mine` of all processes."""
+    anchors = every.width[mine] == 0
+    valid = ~every.equal[torch.isin(every.parent, mine)]
+    count = {"states": len(mine), "anchors": anchors.sum(), "rows": valid.sum()}
+    return common.all_reduce({key: float(value) for key, value in count.items()})
+
+
+def policy_loss(grid, rows: Rows, i, moved, args):
+    """--loss of R rows: the loss (R,), the log ratio that was clipped (R,), and its clip range.
+
+    moved: as of 4a, with PCPO's w~ in place of w: no log-likelihood ratio any more.
+    """
+    sigma, dt = grid.sigma[i].to(moved), grid.dt[i].to(moved)
+    xi = args.clip_range if args.fair_clip == "none" else args.clip_range / sigma**2
+    log_ratio = common.log_ratio(moved, rows.z, args.logprob_reduce)
+    if args.reweight == "guard":
+        log_ratio = common.reduce_latent(moved * rows.z, args.logprob_reduce) * sigma
+    clipped = clipped_loss if args.loss == "ppo" else hinge_loss  # rsm: which rows are open
+    loss = clipped(rows.adv, log_ratio, xi)
+    if args.reweight == "guard":
+        loss = loss / dt
+    elif args.reweight == "tempflow":  # outside the clip
+        loss = loss * (args.tempflow_scale * sigma)
+    return (loss * sigma / dt if args.fair_clip == "guard" else loss), log_ratio, xi
+
+
+def eq_10(grid, rows: Rows, i, drift, moved, loss, w_loss, args) -> torch.Tensor:
+    """--loss rsm of R rows, (R,), KL included; open are the rows in which the hinge is not 0."""
+    sigma, dt, pcpo = (v[i].to(drift) for v in (grid.sigma, grid.dt, w_loss / grid.w))
+    scale, beta = args.tempflow_scale, args.beta
+    gamma, c2 = temporal_weights(args.reweight, args.fair_clip, rows.adv, sigma, dt, pcpo, scale)
+    each = rsm_loss(rows.adv, drift, moved, rows.z, gamma, c2 / beta, beta, loss.detach() > 0)
+    return common.reduce_latent(each, args.logprob_reduce)
+
+
+def kl_terms(grid, rows: Rows, i, kl_ref, drift, mean_width: float, args):
+    """--kl of R rows, (R,), and --anchor-form of the anchors, (A,).
+
+    kl_ref (Q,), drift = o - o_ref (Q, C, h, w): of the known states of 4c.
+    """
+    every, kl = needs_reference(args), torch.zeros_like(rows.adv)
+    if args.kl != "none" and every:
+        kl = kl_ref[rows.parent]
+    if args.kl == "heuristic":  # ref-code: over 2 g^2, i.e. times dt, as sigma^2 = g^2 dt
+        kl = kl * grid.dt[i].to(kl)
+    anchor = kl_ref * mean_width  # as much as a step with children
+    if args.anchor_form == "pcpo":
+        anchor = 0.5 * (args.pcpo_w or 1.0) ** 2 * common.reduce_latent(drift**2, "mean")
+    return kl, anchor[rows.width == 0] if every else anchor
+
+
+# ---- what no paper mentions: checks of the flags, sizes for --dry-run --------
+def check(args):
+    tree, images, loss = args.branching == "tree", args.group_size, args.loss
+    args.widths = children_per_step(args)
+    if not args.widths and (scheduler := find_scheduler(args)):
+        native = common.make_grid(scheduler, args.kind, args.steps, args.kernel, args.noise_level)
+        args.widths = children_per_step(args, stochastic_grid(native, args).sigma.tolist())
+    later = f"--entropy {args.entropy} needs stochastic later steps"
+    need(not args.entropy or tree or args.tail == "sde", f"{later}; use --branching tree or --tail sde")
+    childless = f"--anchor-beta {args.anchor_beta} is of states without children, a tree has none"
+    need(not args.anchor_beta or not tree, f"{childless}; leave it out")
+    same = f"--shared-noise makes the {images} trunks of a prompt identical"
+    shared = args.shared_noise and not tree and images > 1
+    need(not shared, f"{same}; use --group-size 1 and a wider --profile")
+    square = "--loss rsm writes policy term and KL as one square (Eq. 10)"
+    whole = loss != "rsm" or args.kl == "true" and args.beta > 0
+    need(whole, f"{square}; use --kl true and --beta above 0, or --loss hinge")
+    pair = "--loss ppo does not go with --reweight pcpo; use --loss hinge or rsm"
+    need(loss != "ppo" or args.reweight != "pcpo", pair)
+    fair = args.fair_clip == "none" or args.reweight in ("none", "tempflow")
+    pair = f"--fair-clip {args.fair_clip} does not go with --reweight {args.reweight}"
+    need(fair, f"{pair}; use none or tempflow")
+    flow = f"--kl heuristic needs a flow model (g_t of its SDE), --model {args.model} is not one"
+    need(args.kl != "heuristic" or args.kind == "flow", f"{flow}; use true")
+    if args.reweight != "guard":
+        harness.warn_of_clip_range(args)
+
+
+def children_per_step(args, sigma: list[float] | None = None) -> list[int] | None:
+    """B_i (T,), checked; None where they depend on a sigma (T,) that is not known yet."""
+    tree, text = args.branching == "tree", f"--profile {args.profile}"
+    if tree:
+        widths, text = tree_widths(args), "--tree-splits"
+    elif args.profile.isalpha():
+        widths = named_profile(args, sigma)
+    else:
+        widths = parse_profile(args)
+    if widths is None:
         return None
-    samples = args.num_prompts * args.group_size
-    pairs = [(n, i) for n in range(samples) for i in steps]
-    order = torch.randperm(len(pairs), generator=common.generator("anchors", args.seed, epoch)).tolist()
-    return {pairs[j] for j in order[: int(min(len(pairs), args.anchor_max_ratio * samples * rows))]}
+    for i in range(args.steps) if sigma else ():
+        if sigma[i] < common.MIN_SIGMA:
+            what = f"{text} {'splits' if tree else 'has children'} at step {i}, which has no noise"
+            most = 1 if tree else 0  # a tree goes on by an ODE step there
+            need(widths[i] <= most, f"{what} with kernel {args.kernel}; leave it out")
+            widths[i] = 0
+    samples, anchors = args.num_prompts * args.group_size, anchor_steps(args, widths)
+    states = samples * sum(map(bool, widths)) + anchor_count(args, anchors, sum(widths))
+    what = f"--updates-per-epoch {args.updates_per_epoch} is more than the {states} states"
+    need(args.updates_per_epoch <= states, f"{what} of an epoch; use fewer")
+    return widths
+
+
+def check_siblings(args, fewest: int, what: str) -> None:
+    """Every child has another to be compared with: of its state, or of the prompt's images."""
+    least = 1 if args.grouping == "prompt" and args.group_size > 1 else 2
+    flags = f"--grouping {args.grouping} and --group-size {args.group_size}"
+    few = f"with {flags} fewer than {least} children have nothing to be compared with"
+    need(fewest >= least, f"{what}; {few}: give more, or use --grouping prompt and two images")
+
+
+def tree_widths(args) -> list[int]:
+    """--tree-splits -> T numbers of children of each node, 0 at the steps that are not trained."""
+    text, trained = f"--tree-splits {args.tree_splits}", args.train_steps
+    try:
+        splits = {int(s) for s in args.tree_splits.split(",") if s.strip()}
+    except ValueError:
+        raise common.UsageError(f"{text} is not a list of step numbers such as 0,3,6,9") from None
+    inside = all(0 <= i < trained for i in splits)
+    need(inside, f"{text} goes beyond the {trained} trained steps; use steps 0 to {trained - 1}")
+    widths = [(1 + (i in splits)) * (i < trained) for i in range(args.steps)]
+    check_siblings(args, widths[0], f"{text} leaves a tree one node before the first split")
+    return widths
+
+
+def parse_profile(args) -> list[int]:
+    """--profile '6,6,8,10' or '0:4,10:4' -> T numbers of children."""
+    text, steps, trained = f"--profile {args.profile}", args.steps, args.train_steps
+    try:
+        items = [[int(v) for v in item.split(":")] for item in args.profile.split(",")]
+        given = dict(item if len(item) > 1 else (n, *item) for n, item in enumerate(items))
+    except ValueError:
+        raise common.UsageError(f"{text} is not a list 'B_0,B_1,...' or 'step:B,...'") from None
+    for i, b in given.items():
+        possible = 0 <= i < steps and (b == 0 or b > 0 and i < trained)
+        grid = f"the grid has {steps} steps, of which {trained} are trained"
+        need(possible, f"{text}: {b} children at step {i} is impossible; {grid}")
+    need(len(given) == len(items), f"{text} names a step twice; give every step once")
+    need(any(given.values()), f"{text} has no children at all; at least one step needs some")
+    fewest = min(b for b in given.values() if b)
+    check_siblings(args, fewest, f"{text} has a step with one child")
+    return [given.get(i, 0) for i in range(steps)]
+
+
+def named_profile(args, sigma: list[float] | None) -> list[int] | None:
+    """The B_i of --profile NAME on any grid; None where they depend on a sigma that is None."""
+    name, last, trained, total = args.profile, args.steps - 1, args.train_steps, args.profile_total
+    known = f"{', '.join(PROFILES)}, a list 'B_0,B_1,...' or 'step:B,...'"
+    need(name in PROFILES, f"--profile {name} is unknown; use {known}")
+    power, inactive = PROFILES[name]
+    power = power if args.profile_power is None else args.profile_power
+    what = f"--profile-power {power} is no exponent one can use; give one between -10 and 10"
+    need(abs(power) <= 10, what)
+    inactive = round(inactive * last / 9) if args.profile_inactive is None else args.profile_inactive
+    active = last - inactive
+    what = f"--profile-inactive {inactive} leaves {active} steps with children, {trained} are trained"
+    need(0 < active <= trained, f"{what}; use {max(0, last - trained)} to {last - 1}")
+    if sigma is None and power:
+        return None
+    if total is None:
+        total = round(7.5 * active) if name == "lowsnr" else 6 * last
+    # a step without noise is refused later, in words
+    noise = [max(s, common.MIN_SIGMA) for s in sigma or [1.0] * args.steps]
+    widths = make_profile(noise, power, total, inactive)
+    made = f"--profile-total {total} makes {' '.join(map(str, widths))}"
+    check_siblings(args, min(widths[:active]), made)
+    return widths
+
+
+def find_scheduler(args):
+    """The model's scheduler, by its configuration alone; None for a model still on the hub."""
+    import diffusers
+
+    flow = args.kind == "flow"
+    cls = diffusers.FlowMatchEulerDiscreteScheduler if flow else diffusers.DDIMScheduler
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # diffusers passes a deprecated option to the hub's client
+        try:
+            return cls.from_pretrained(args.model_path, subfolder="scheduler", local_files_only=True)
+        except OSError:
+            return None
+
+
+def network_evaluations(widths: list[int], last: int) -> int:
+    """Per image and guidance branch: the trunk up to step `last`, and each child's way to the end.
+
+    The published counts add one per child for evaluating its parent again.
+    """
+    return last + 1 + sum(b * (len(widths) - 1 - i) for i, b in enumerate(widths))
+
+
+def sizes(args) -> dict[str, str]:
+    """The lines of --dry-run."""
+    samples, widths = args.num_prompts * args.group_size, args.widths
+    if widths is None:
+        late = f"profile {args.profile}: generated from the model's grid when it is loaded"
+        return {"children": late, "memory for the rollout": "unknown before that"}
+    rows, training = sum(widths), [i for i, b in enumerate(widths) if b]
+    anchors, tails = anchor_steps(args, widths), 0
+    if args.branching == "tree":
+        before = [math.prod(b or 1 for b in widths[:i]) for i in range(args.steps + 1)]  # nodes
+        calls, leaves, parents = sum(before[:-1]), before[-1], sum(before[i] for i in training)
+        children = sum(before[i] * widths[i] for i in training)
+        lines = {"leaves per image": str(leaves)}
+    else:
+        calls = network_evaluations(widths, max([*training, *anchors]))
+        leaves, parents, children = rows, len(training), rows
+        if args.entropy:  # the reference along stochastic tails
+            tails = sum(b * max(0, args.train_steps - 1 - i) for i, b in enumerate(widths))
+        lines = {"children per image": f"{rows} on {len(training)} steps: {' '.join(map(str, widths))}"}
+    kept = anchor_count(args, anchors, rows)
+    states, reference = samples * parents + kept, samples * parents * needs_reference(args) + kept
+    # x_t, o_old and z of the levels, again in one piece for the update; o_ref; leaves, noise
+    latents = 2 * (2 * states + samples * children) + reference + states * bool(reference)
+    latents += samples * (leaves + args.steps + 1)
+    what = f"{latents} latents: noise, leaves, and twice states, outputs and draws"
+    passes = 2 if args.cfg != 1 else 1
+    first, twice = samples * calls * passes, samples * (calls + rows) * passes
+    again = f"({twice} if parents were evaluated again)"
+    update = f"{states * passes * args.inner_epochs} with gradient"
+    frozen = f"{(reference + samples * tails) * passes} of the reference"
+    return lines | {
+        "network evaluations per epoch": f"{first} in the rollout {again}, {update}, {frozen}",
+        "decodes and reward evaluations per epoch": f"{samples * leaves} images",
+        "training rows per epoch": f"{samples * children}",
+        "memory for the rollout": harness.rollout_memory(args, latents, what),
+    }
 
 
 if __name__ == "__main__":
-    common.run_main(main, parse_args, rewards.UsageError)
+    harness.run_main(main, parse_args, rewards.UsageError)

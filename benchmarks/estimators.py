@@ -267,7 +267,7 @@ def estimates(draws: Draws, name: str, size: int) -> torch.Tensor:
         return draws.gradient[name][:, : groups * size].view(points, groups, size, d).mean(2).transpose(0, 1)
     r = draws.reward[name][:, : groups * size].reshape(-1)
     mode = "raw" if name.endswith("_raw") else "rloo"  # leaving itself out keeps the estimator unbiased
-    adv = common.group_advantage(r, size, mode, None)[0].double().view(points, groups, size, 1)
+    adv = common.group_advantage(r, size, mode)[0].double().view(points, groups, size, 1)
     z = draws.z[:, : groups * size].view(points, groups, size, d)
     return draws.scale * (adv * z).mean(2).transpose(0, 1)
 

@@ -2,8 +2,8 @@
 
     python benchmarks/frontier.py runs/NAME                   # an embedded model's run; writes runs/NAME/frontier.json
 
-drift      sum over the steps of mean ||mu_theta - mu_ref||^2 along trajectories of the deterministic sampler, which has
-           the same meaning for every method, whatever its own sampler, trained steps and units of KL are
+drift      sum over the steps of mean ||mu_theta - mu_ref||^2 along trajectories of the deterministic sampler, which
+           has the same meaning for every method, whatever its own sampler, trained steps and units of KL are
 diversity  1 - mean pairwise cosine of the images of one prompt in the embedded CLIP (rewards.py, diversity-clip)
 Both on 32 held-out prompts x 4 images with the same noise for all.
 """
@@ -19,17 +19,20 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import common  # noqa: E402
-import rewards  # noqa: E402
+import harness  # noqa: E402
+from judges import diversity as judge  # noqa: E402
 
 PROMPTS, EACH = 32, 4
 
 
 def measure(policy, grid, prompts, noise, diversity, adapter: bool) -> dict[str, float]:
     cond = policy.encode([p.text for p in prompts])
-    path = common.rollout(policy, grid, cond, prompts, noise, 1.0, 64, range(grid.steps) if adapter else (), desc="")
+    reference = range(grid.steps) if adapter else ()
+    path = common.rollout(policy, grid, cond, noise, 1.0, 64, reference, desc="")
     drift = 0.0
     if adapter:
-        shift = torch.stack([grid.at(grid.o_coef, i, path.x[:, 0]) * (path.o_old - path.o_ref)[:, i] for i in range(grid.steps)])
+        apart = path.o_old - path.o_ref
+        shift = torch.stack([grid.at(grid.o_coef, i, apart[:, 0]) * apart[:, i] for i in reference])
         drift = (shift**2).flatten(2).mean(2).sum(0).mean().item()
     images = policy.decode(path.x[:, -1])
     return {"drift": drift, "diversity": sum(diversity(group) for group in images.split(EACH)) / PROMPTS}
@@ -43,18 +46,18 @@ def main():
     args = argparse.Namespace(**json.loads((folder / "args.json").read_text())["args"])
     if not args.model.startswith("tiny-"):
         parser.error(f"{folder} is a run of {args.model}; this benchmark measures the embedded models")
-    args.model_path, args.kind = common.find_model(args.model)
-    policy = common.Policy(args, common.Run(folder, torch.device("cpu"), torch.float32, rank=0, world=1))
-    grid = common.make_grid(policy.pipe.scheduler, policy.kind, args.steps, "ode", 0.0)
-    diversity = rewards.load_diversity("diversity-clip", "cpu", str(ROOT / "tiny" / "clip"))
-    prompts = [p for p in common.load_prompts(args.eval_prompts)[:PROMPTS] for _ in range(EACH)]
+    args.model_path, args.backbone = harness.find_model(args.model)
+    policy = harness.load_policy(args, harness.Run(folder, torch.device("cpu"), torch.float32, rank=0, world=1))
+    grid = policy.grid(args.steps, "ode", 0.0)
+    diversity = judge.load_diversity("diversity-clip", "cpu", str(ROOT / "tiny" / "clip"))
+    prompts = [p for p in harness.load_prompts(args.eval_prompts)[:PROMPTS] for _ in range(EACH)]
     noise = common.sample_noise(0, "frontier", range(len(prompts)), grid.steps, policy.latent_shape, "cpu")
     found = {0: measure(policy, grid, prompts, noise, diversity, adapter=False)}
     for checkpoint in sorted((folder / "checkpoints").glob("epoch_*")):
         policy.pipe.load_lora_weights(str(checkpoint), adapter_name="measured")
         found[int(checkpoint.name[6:])] = measure(policy, grid, prompts, noise, diversity, adapter=True)
         policy.pipe.unload_lora_weights()
-    common.write_json(folder / "frontier.json", found)
+    harness.write_json(folder / "frontier.json", found)
 
 
 if __name__ == "__main__":

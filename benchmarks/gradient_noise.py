@@ -3,8 +3,8 @@
     python benchmarks/gradient_noise.py --presets tiny tiny-sd15 --batches 12
 
 Runs the trainers themselves with the optimiser's step replaced by "keep the gradient", so nothing moves and every
-epoch is an independent batch.  For gradients g_1 ... g_N: signal = mean of g_i . g_j over i != j, an unbiased estimate of
-||E g||^2; noise = mean ||g_i||^2 - signal.  signal / noise is the signal-to-noise ratio of one batch, and cosine =
+epoch is an independent batch.  For gradients g_1 ... g_N: signal = mean of g_i . g_j over i != j, an unbiased estimate
+of ||E g||^2; noise = mean ||g_i||^2 - signal.  signal / noise is the signal-to-noise ratio of one batch, and cosine =
 signal / mean ||g_i||^2.  Standard errors are jackknifed over the batches.  Writes results/gradient_noise.json.
 """
 
@@ -40,14 +40,14 @@ def gradients(preset: str, variant: str, batches: int, seed: int) -> torch.Tenso
     trainer = importlib.import_module(script.removesuffix(".py"))
     kept = []
 
-    def keep(optimizer, params, max_norm, run, scaler=None):
+    def keep(optimizer, params, max_norm, scaler=None):
         if optimizer.param_groups[0]["params"][0] is trained[0]:
             kept.append(torch.cat([p.grad.flatten().double() for p in params]))
         optimizer.zero_grad(set_to_none=True)
         return 0.0, True
 
-    def watch(policy, args):
-        trained[:] = add_lora(policy, args)
+    def watch(*given):
+        trained[:] = add_lora(*given)
         return list(trained)
 
     trained, add_lora, step = [], common.add_lora, common.optimizer_step
@@ -85,13 +85,16 @@ def main():
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results" / "gradient_noise.json")
     args = parser.parse_args()
     rows = json.loads(args.results.read_text())["rows"] if args.results.exists() else []
-    print("| preset | variant | signal-to-noise of one batch of 64 images | cosine of two batches |\n|---|---|---|---|")
+    print(
+        "| preset | variant | signal-to-noise of one batch of 64 images | cosine of two batches |\n|---|---|---|---|"
+    )
     for preset in args.presets:
         for variant in args.only:
             found = measure(gradients(preset, variant, args.batches, args.seed))
             row = {"preset": preset, "variant": variant, "batches": args.batches, "seed": args.seed} | found
             rows = [r for r in rows if (r["preset"], r["variant"]) != (preset, variant)] + [row]
-            print(f"| {preset} | `{variant}` | {found['snr']:.4f} ± {found['snr_se']:.4f} | {found['cosine']:.4f} ± {found['cosine_se']:.4f} |", flush=True)
+            cells = [f"{found[key]:.4f} ± {found[f'{key}_se']:.4f}" for key in ("snr", "cosine")]
+            print(f"| {preset} | `{variant}` | {cells[0]} | {cells[1]} |", flush=True)
             args.results.write_text(json.dumps({"machine": platform.machine(), "rows": rows}, indent=1) + "\n")
 
 

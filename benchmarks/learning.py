@@ -25,8 +25,13 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-RELEASE = "--sampler-noise 0.4 --weight ghuber --train-timesteps 6 --train-fraction 0.9 --skip-first --adv-norm global --adv-scale 5 --clip-range 1 --ratio exp-each --offpolicy none --updates-per-epoch 1 --beta 0.003 --lag-coef 1 --sampler SASolverScheduler"
-LEARNING = {  # name: command; flags of one preset only; epochs by preset (None: the preset's own; 0: not on this preset)
+RELEASE = (
+    "--sampler SASolverScheduler --sampler-noise 0.4 --weight ghuber --train-timesteps 6 --train-fraction 0.9 "
+    "--skip-first --adv-norm global --adv-scale 5 --clip-range 1 --ratio exp-each --offpolicy none "
+    "--updates-per-epoch 1 --beta 0.003 --lag-coef 1"
+)
+NFT = "--objective nft --offpolicy lagged --updates-per-epoch 1 --adv-norm global --beta 1e-4 --lag-decay-max 0.5"
+LEARNING = {  # name: command; flags of one preset only; epochs by preset (None: the preset's own; 0: not there)
     "vmpo-r2g-group": ("vmpo.py --potential r2g --mean group", {}, None),
     "vmpo-r2g-amortised": ("vmpo.py --potential r2g --mean time_prompt", {}, None),
     "vmpo-diff": ("vmpo.py --potential diff --mean group", {}, None),
@@ -37,19 +42,26 @@ LEARNING = {  # name: command; flags of one preset only; epochs by preset (None:
     "pcpo": ("grpo.py --loss pcpo", {"tiny-sd15": "--pcpo-weights loss-only"}, (100, 60)),
     "awm": ("awm.py", {}, (100, 60)),
     "awm-release": (f"awm.py {RELEASE}", {}, (100, 60)),
-    "nft": ("awm.py --objective nft --offpolicy lagged --updates-per-epoch 1 --adv-norm global --beta 1e-4 --lag-decay-max 0.5", {}, (100, 60)),
+    "nft": (
+        f"awm.py {NFT}",
+        {},
+        (100, 60),
+    ),
 }
 PRESETS = ("tiny", "tiny-sd15")
 IMAGES = 64  # per epoch of the first family, in both presets
-# Two more families, in which the unit of cost is not the image.  ours: a mean log ratio over 256 scalars spreads 16 times
-# as wide as over SD3.5's 65,536, hence the clip range; beta is the baseline's times the mean of sigma_t / dt.
+# Two more families, in which the unit of cost is not the image.  ours: a mean log ratio over 256 scalars spreads 16
+# times as wide as over SD3.5's 65,536, hence the clip range; beta is the baseline's times the mean of sigma_t / dt.
 BRANCH = "tempflow_rsm.py --lr 1e-3 --updates-per-epoch 2 --clip-range 1e-3"
 RSM = f"{BRANCH} --loss hinge --reweight none --fair-clip guard"
 RSM_BETA = {"tiny": 0.35, "tiny-sd15": 0.25}
 
 
 def branching(tiny, sd15, *more):
-    return {p: f"--profile {profile}" + "".join(f" {flag} {RSM_BETA[p]}" for flag in ("--beta", *more)) for p, profile in zip(PRESETS, (tiny, sd15))}
+    return {
+        p: f"--profile {profile}" + "".join(f" {flag} {RSM_BETA[p]}" for flag in ("--beta", *more))
+        for p, profile in zip(PRESETS, (tiny, sd15))
+    }
 
 
 TEMPFLOW = {
@@ -67,8 +79,17 @@ FIRST_ORDER = {
     "residual-db-rsm": (f"{FIRST} --method residual-db", {}, (0, 120)),
     "residual-db-1e-3": (f"first_order_rsm.py --lr 1e-3 {PRUNED_DB}", {}, (0, 60)),
     "residual-db-rsm-1e-3": ("first_order_rsm.py --lr 1e-3 --method residual-db", {}, (0, 120)),
-    "sqdf": (f"{FIRST} --method sqdf --scale 1 --alpha 2.56 --residual-scale none --guidance lookahead --temporal gamma-discount", {}, (60, 60)),
-    "sqdf-terminal": (f"{FIRST} --method sqdf --scale 1 --alpha 2.56 --residual-scale none --guidance terminal --temporal constant", {}, (120, 120)),
+    "sqdf": (
+        f"{FIRST} --method sqdf --scale 1 --alpha 2.56 --residual-scale none --guidance lookahead "
+        "--temporal gamma-discount",
+        {},
+        (60, 60),
+    ),
+    "sqdf-terminal": (
+        f"{FIRST} --method sqdf --scale 1 --alpha 2.56 --residual-scale none --guidance terminal --temporal constant",
+        {},
+        (120, 120),
+    ),
 }
 FAMILIES = {"learning": LEARNING, "tempflow": TEMPFLOW, "first_order": FIRST_ORDER}
 VARIANTS = LEARNING | TEMPFLOW | FIRST_ORDER
@@ -81,7 +102,9 @@ def parse_args():
     parser.add_argument("--only", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--presets", nargs="+", choices=PRESETS, default=list(PRESETS))
     parser.add_argument("--epochs", type=int, help="instead of the variant's")
-    parser.add_argument("--time", action="store_true", help="6 epochs of every variant alone: seconds per epoch (median of the last 4)")
+    parser.add_argument(
+        "--time", action="store_true", help="6 epochs of every variant alone: seconds per epoch (median of the last 4)"
+    )
     parser.add_argument("--report", action="store_true", help="tables and figures of the results there are, no runs")
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "learning", help="where the run folders go")
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results" / "learning.json")
@@ -117,7 +140,9 @@ def scores_at(folder, epoch):
 def evaluations(preset, variant):
     """Network evaluations of an epoch, by --dry-run; one with a backward pass counts as three."""
     script, flags = flags_of(preset, variant, None)
-    done = subprocess.run([sys.executable, script, *flags, "--dry-run"], cwd=ROOT, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, script, *flags, "--dry-run"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
     line = next(line for line in done.stdout.splitlines() if line.startswith("network evaluations"))
     counts = re.findall(r"(\d+) (in the rollout|of the|in the reward gradient|with gradient)", line)
     return sum(int(n) * (3 if "gradient" in what else 1) for n, what in counts)
@@ -127,7 +152,18 @@ def run(args, preset, variant, seed):
     script, flags = flags_of(preset, variant, args.epochs)
     folder = args.out / f"{preset}_{variant}_s{seed}"
     command = [sys.executable, script, *flags, "--seed", str(seed)]
-    command += ["--runs", str(args.out), "--name", folder.name, "--sample-every", "0", "--eval-every", "20", "--save-every", "20"]
+    command += [
+        "--runs",
+        str(args.out),
+        "--name",
+        folder.name,
+        "--sample-every",
+        "0",
+        "--eval-every",
+        "20",
+        "--save-every",
+        "20",
+    ]
     if (folder / "checkpoints" / "last").exists():
         command = [sys.executable, script, "--resume", str(folder)]  # an interrupted run goes on
     elif folder.exists():
@@ -137,7 +173,16 @@ def run(args, preset, variant, seed):
     if not done and not (folder / "summary.json").exists():
         start(command)
     epochs = epochs or json.loads((folder / "summary.json").read_text())["epochs"]
-    row = {"preset": preset, "variant": variant, "seed": seed, "epochs": epochs, "before": {}, "after": {}, "gain": {}, "gain_se": {}}
+    row = {
+        "preset": preset,
+        "variant": variant,
+        "seed": seed,
+        "epochs": epochs,
+        "before": {},
+        "after": {},
+        "gain": {},
+        "gain_se": {},
+    }
     before, after = scores_at(folder, 0), scores_at(folder, epochs)
     for name in before:
         gain = after[name] - before[name]
@@ -158,8 +203,24 @@ def seconds_per_epoch(args, preset, variant):
     script, flags = flags_of(preset, variant, 6)
     name = f"time_{preset}_{variant}"
     shutil.rmtree(args.out / name, ignore_errors=True)
-    start([sys.executable, script, *flags, "--runs", str(args.out), "--name", name, "--sample-every", "0", "--eval-images", "0"])
-    spent = sorted(sum(float(r[f"time/{k}"]) for k in ("rollout", "reward", "update")) for r in rows_of(args.out / name)[-4:])
+    start(
+        [
+            sys.executable,
+            script,
+            *flags,
+            "--runs",
+            str(args.out),
+            "--name",
+            name,
+            "--sample-every",
+            "0",
+            "--eval-images",
+            "0",
+        ]
+    )
+    spent = sorted(
+        sum(float(r[f"time/{k}"]) for k in ("rollout", "reward", "update")) for r in rows_of(args.out / name)[-4:]
+    )
     return (spent[1] + spent[2]) / 2
 
 
@@ -183,7 +244,7 @@ def epochs_to_reach(points, level):
 
 
 def gain_of(runs, key) -> str:
-    """Mean gain +- standard error over the seeds; standard error over the images, which all seeds share; every seed."""
+    """Mean gain +- standard error over the seeds; that over the images, which all seeds share; every seed."""
     gains = [r["gain"][key] for r in runs]
     n, mean = len(gains), sum(gains) / len(gains)
     seeds = (sum((g - mean) ** 2 for g in gains) / (n - 1) / n) ** 0.5 if n > 1 else float("nan")
@@ -193,7 +254,10 @@ def gain_of(runs, key) -> str:
 
 def table(rows, seconds):
     """One line per preset and variant: means over seeds."""
-    print("| preset | variant | seeds | epochs | reward before | after | gain ± over seeds; over images (each seed) | strict before | after | gain | s per epoch | epochs (s) to GRPO's final reward |")
+    print(
+        "| preset | variant | seeds | epochs | reward before | after | gain ± over seeds; over images (each seed) "
+        "| strict before | after | gain | s per epoch | epochs (s) to GRPO's final reward |"
+    )
     print("|---|---|---|---|---|---|---|---|---|---|---|---|")
     for preset in PRESETS:
         grpo = [r for r in rows if r["preset"] == preset and r["variant"] == "grpo" and r.get("curve")]
@@ -209,11 +273,14 @@ def table(rows, seconds):
             cost = seconds.get(f"{preset} {variant}")
             reached = epochs_to_reach(mean_curve(runs), goal) if goal and all(r.get("curve") for r in runs) else None
             when = "" if reached is None else f"{reached:.0f}" + (f" ({reached * cost:.0f})" if cost else "")
-            print(f"| {preset} | `{variant}` | {n} | {runs[0]['epochs']} | {cells[0]} | {cells[1]} | {f'{cost:.2f}' if cost else ''} | {when} |")
+            print(
+                f"| {preset} | `{variant}` | {n} | {runs[0]['epochs']} | {cells[0]} | {cells[1]} "
+                f"| {f'{cost:.2f}' if cost else ''} | {when} |"
+            )
 
 
 def value_at(points, cost, budget):
-    """(mean reward, standard error over the seeds) of the curve, interpolated, where `cost` an epoch adds up to `budget`."""
+    """(mean reward, standard error over the seeds), interpolated where `cost` an epoch adds up to `budget`."""
     where = budget / cost
     for (e0, v0, s0), (e1, v1, s1) in zip(points, points[1:]):
         if e0 <= where <= e1 * (1 + 1e-9):
@@ -230,14 +297,22 @@ def frontier_mean(runs, key):
 
 def family_table(rows, seconds, family):
     """One line per preset and variant of a family whose unit of cost is the network evaluation or the second."""
-    print("| preset | variant | seeds | epochs | evaluations per epoch | s per epoch | reward before | gain ± over seeds; over images (each seed) | gain at equal evaluations | gain at equal time | strictly right, gain | drift | diversity |")
+    print(
+        "| preset | variant | seeds | epochs | evaluations per epoch | s per epoch | reward before "
+        "| gain ± over seeds; over images (each seed) | gain at equal evaluations | gain at equal time "
+        "| strictly right, gain | drift | diversity |"
+    )
     print("|---|---|---|---|---|---|---|---|---|---|---|---|---|")
     for preset in PRESETS:
         found = {v: [r for r in rows if r["preset"] == preset and r["variant"] == v] for v in FAMILIES[family]}
         found = {v: runs for v, runs in found.items() if runs}
         times = {v: seconds.get(f"{preset} {v}") for v in found}
         least = min((runs[0]["epochs"] * runs[0]["evaluations"] for runs in found.values()), default=0)
-        soonest = min((runs[0]["epochs"] * times[v] for v, runs in found.items()), default=0) if all(times.values()) else None
+        soonest = (
+            min((runs[0]["epochs"] * times[v] for v, runs in found.items()), default=0)
+            if all(times.values())
+            else None
+        )
         for variant, runs in found.items():
             n, points, first = len(runs), mean_curve(runs), runs[0]
             base, cells = points[0][1], []
@@ -246,8 +321,11 @@ def family_table(rows, seconds, family):
                 cells.append(f"{value[0] - base:+.3f} ± {value[1]:.3f}" if value else "")
             drift, alike = (frontier_mean(runs, key) for key in ("drift", "diversity"))
             cost = f"{times[variant]:.2f}" if times[variant] else ""
-            print(f"| {preset} | `{variant}` | {n} | {first['epochs']} | {first['evaluations']} | {cost} | {base:.3f} | {gain_of(runs, 'reward')} | {cells[0]} | {cells[1]} | "
-                  f"{gain_of(runs, 'shapes-strict')} | {drift[-1][1]:.4f} | {alike[0][1]:.3f} → {alike[-1][1]:.3f} |")
+            print(
+                f"| {preset} | `{variant}` | {n} | {first['epochs']} | {first['evaluations']} | {cost} | {base:.3f} "
+                f"| {gain_of(runs, 'reward')} | {cells[0]} | {cells[1]} | "
+                f"{gain_of(runs, 'shapes-strict')} | {drift[-1][1]:.4f} | {alike[0][1]:.3f} → {alike[-1][1]:.3f} |"
+            )
 
 
 def family_figure(rows, seconds, family, preset, path):
@@ -263,13 +341,26 @@ def family_figure(rows, seconds, family, preset, path):
         if not runs:
             continue
         epochs, means, errors = zip(*mean_curve(runs))
-        style = dict(color=pyplot.cm.tab10(number), marker="osvD^<>P"[number], markersize=4, capsize=2, label=f"{variant} ({len(runs)})")
+        style = dict(
+            color=pyplot.cm.tab10(number),
+            marker="osvD^<>P"[number],
+            markersize=4,
+            capsize=2,
+            label=f"{variant} ({len(runs)})",
+        )
         axes[0].errorbar([e * runs[0]["evaluations"] / 1000 for e in epochs], means, errors, **style)
         if cost := seconds.get(f"{preset} {variant}"):
             axes[1].errorbar([e * cost for e in epochs], means, errors, **style)
         drift = dict(frontier_mean(runs, "drift"))
         axes[2].errorbar([drift[e] for e in epochs], means, errors, **style)
-    for axis, label in zip(axes, ("network evaluations (thousands; with backward pass: 3)", "seconds on one idle core", "drift from the reference (benchmarks/frontier.py)")):
+    for axis, label in zip(
+        axes,
+        (
+            "network evaluations (thousands; with backward pass: 3)",
+            "seconds on one idle core",
+            "drift from the reference (benchmarks/frontier.py)",
+        ),
+    ):
         axis.set(xlabel=label)
         axis.grid(alpha=0.3)
     axes[0].set(ylabel="held-out training reward, 256 images", title=preset)
@@ -292,11 +383,19 @@ def figure(rows, seconds, preset, path):
         if not runs:
             continue
         epochs, means, errors = zip(*mean_curve(runs))
-        style = dict(color=pyplot.cm.tab20(number), marker="osvD^<>Pxh*"[number], markersize=4, capsize=2, label=f"{variant} ({len(runs)})")
+        style = dict(
+            color=pyplot.cm.tab20(number),
+            marker="osvD^<>Pxh*"[number],
+            markersize=4,
+            capsize=2,
+            label=f"{variant} ({len(runs)})",
+        )
         axes[0].errorbar([e * IMAGES for e in epochs], means, errors, **style)
         if cost := seconds.get(f"{preset} {variant}"):
             axes[1].errorbar([e * cost for e in epochs], means, errors, **style)
-    axes[0].set(xlabel="images sampled", ylabel="held-out reward (shapes), 256 images", title=f"{preset}: equal images")
+    axes[0].set(
+        xlabel="images sampled", ylabel="held-out reward (shapes), 256 images", title=f"{preset}: equal images"
+    )
     axes[1].set(xlabel="seconds on one idle core", title="equal time")
     for axis in axes:
         axis.grid(alpha=0.3)
@@ -310,7 +409,9 @@ def main():
     args = parse_args()
     known = json.loads(args.results.read_text()) if args.results.exists() else {"runs": []}
     seconds = known.get("seconds_per_epoch", {})
-    pairs = [(p, v) for p in args.presets for v in args.only if VARIANTS[v][2] is None or VARIANTS[v][2][PRESETS.index(p)]]
+    pairs = [
+        (p, v) for p in args.presets for v in args.only if VARIANTS[v][2] is None or VARIANTS[v][2][PRESETS.index(p)]
+    ]
     fresh = []
     if args.time:
         for preset, variant in pairs:
@@ -324,7 +425,9 @@ def main():
     rows.sort(key=lambda r: (PRESETS.index(r["preset"]), list(VARIANTS).index(r["variant"]), r["seed"]))
     machine = f"{platform.machine()}, {os.cpu_count()} cores, one thread per run"
     args.results.parent.mkdir(parents=True, exist_ok=True)
-    args.results.write_text(json.dumps({"machine": machine, "seconds_per_epoch": seconds, "runs": rows}, indent=1) + "\n")
+    args.results.write_text(
+        json.dumps({"machine": machine, "seconds_per_epoch": seconds, "runs": rows}, indent=1) + "\n"
+    )
     table(rows, seconds)
     for preset in PRESETS:
         if any(r["preset"] == preset and r["variant"] in FAMILIES["learning"] and r.get("curve") for r in rows):

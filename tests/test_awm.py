@@ -10,6 +10,7 @@ from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 
 import awm
 import common
+import harness
 import rewards
 
 F64 = torch.float64
@@ -48,6 +49,9 @@ class GaussianPolicy:
         self.pipe = SimpleNamespace(scheduler=schedulers()[kind])
         self.seen = []
 
+    def grid(self, *kernel):
+        return common.make_grid(self.pipe.scheduler, self.kind, *kernel)
+
     def predict(self, x, time, cond, cfg):
         assert time.shape == (len(x),) and x.dtype == torch.float32
         self.seen.append((x.clone(), time.clone(), cond))
@@ -72,6 +76,12 @@ class GaussianPolicy:
             return self.mean + self.tau * noise
         alpha, nu = self.levels(torch.tensor(999.0, dtype=F64))
         return self.mean + self.tau * (noise - alpha * self.mean) / (alpha**2 * self.tau**2 + nu**2).sqrt()
+
+
+def bare_policy(scheduler, kind):
+    """As much of a policy as noisings need."""
+    grid = lambda *kernel: common.make_grid(scheduler, kind, *kernel)  # noqa: E731
+    return SimpleNamespace(kind=kind, device="cpu", pipe=SimpleNamespace(scheduler=scheduler), grid=grid)
 
 
 class Rows:
@@ -205,10 +215,10 @@ def test_elbo_of_a_noise_predicting_model_is_the_evidence_bound():
     (SNR_{i-1} / SNR_i - 1) / 2 ||e - e_hat||^2 summed over i, hence 1000 times that as a mean over i."""
     betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=F64) ** 2
     abar = torch.cumprod(1 - betas, 0)
-    config = json.loads((common.HERE / "tiny" / "sd15" / "scheduler" / "scheduler_config.json").read_text())
+    config = json.loads((harness.HERE / "tiny" / "sd15" / "scheduler" / "scheduler_config.json").read_text())
     assert (config["beta_start"], config["beta_end"], config["beta_schedule"]) == (0.00085, 0.012, "scaled_linear")
     scheduler = DDIMScheduler.from_config(config)
-    policy = SimpleNamespace(kind="eps", device="cpu", pipe=SimpleNamespace(scheduler=scheduler))
+    policy = bare_policy(scheduler, "eps")
     draw = awm.Noising(arguments("eps", "--timesteps", "uniform", "--t-min", 1e-6), policy)
     snr = (abar / (1 - abar)).tolist()
     differences = [(math.log(snr[i - 1]) - math.log(snr[i + 1])) * 1000 / 4 for i in range(1, 999)]
@@ -216,9 +226,8 @@ def test_elbo_of_a_noise_predicting_model_is_the_evidence_bound():
     assert draw.elbo[1:-1].tolist() == pytest.approx(differences, rel=1e-3)  # the scheduler's betas are float32
     bound = [1000 * (snr[i - 1] / snr[i] - 1) / 2 for i in range(30, 1000)]
     assert draw.elbo[30:].tolist() == pytest.approx(bound, rel=0.04)
-    policy.predict = lambda x, timestep, cond, cfg: x
     batch = SimpleNamespace(indices=range(4), cond=Rows(torch.arange(4)))
-    *_, elbo = draw.of(torch.tensor([2, 0]), torch.randn(4, 4, 3, 3), batch, 1)
+    elbo = draw.rows(torch.tensor([2, 0]), torch.randn(4, 4, 3, 3), batch, 1).elbo
     _, _, timestep, *_ = draw(torch.randn(2, 4, 3, 3), 1, [2, 0])
     close(elbo, draw.elbo[timestep.long()].float())  # an image's weights are those of its own times
     error, t = torch.rand(2, 4, dtype=F64), torch.rand(2, 4, dtype=F64)
@@ -237,9 +246,7 @@ def test_x0_hat(kind):
 def noising(kind, *flags, **changes):
     args = arguments(kind, *flags)
     vars(args).update(changes)
-    return awm.Noising(
-        args, SimpleNamespace(kind=kind, device="cpu", pipe=SimpleNamespace(scheduler=schedulers()[kind]))
-    )
+    return awm.Noising(args, bare_policy(schedulers()[kind], kind))
 
 
 @pytest.mark.parametrize("kind", ["flow", "eps"])
@@ -597,11 +604,10 @@ def test_the_start_of_an_image_does_not_depend_on_the_draws_after_it(monkeypatch
     asked = []
     real = common.sample_noise
     monkeypatch.setattr(common, "sample_noise", lambda *a: asked.append(a[3]) or real(*a))
-    policy = SimpleNamespace(latent_shape=(4, 8, 8), encode=lambda texts: None)
-    run = SimpleNamespace(world=1, rank=0, device="cpu")
+    policy = SimpleNamespace(latent_shape=(4, 8, 8), device="cpu", encode=lambda texts: None)
     for sampler, draws in (("sde", 7), ("ode", 0), ("SASolverScheduler", 0)):
         args = arguments("flow", "--sampler", sampler, "--steps", 7)
-        batch = common.epoch_batch(policy, args, run, 0, awm.draws(args))
+        batch = harness.epoch_batch(args, policy, 0, awm.draws(args))
         assert asked.pop() == draws and batch.noise.shape == (8, draws + 1, 4, 8, 8)
         size = 8 * (draws + 2) * 256 * 4 / 2**30  # x_0 and the noise
         assert awm.sizes(args)["memory for the rollout"].startswith(f"{size:.2f} GB")
@@ -641,7 +647,7 @@ def test_sde_rollout_is_common_rollouts():
         batch = gaussian_batch(policy, 4, steps)
         args = arguments(kind, "--steps", steps)
         grid = common.make_grid(policy.pipe.scheduler, kind, steps, args.kernel, args.noise_level)
-        path = common.rollout(policy, grid, batch.cond, [], batch.noise, 1.0, 2, desc="")
+        path = common.rollout(policy, grid, batch.cond, batch.noise, 1.0, 2, desc="")
         close(drawn(policy, "sde", batch, steps), path.x[:, -1], 1e-6)
 
 

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 import awm
-import common
 import grpo
+import harness
 import vmpo
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -51,7 +51,7 @@ def test_help_is_light_grouped_and_complete(script):
 
 def parser_of(script, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(common, "parse", lambda parser, *a: parser)
+        patch.setattr(harness, "parse", lambda parser, *a: parser)
         return script.parse_args([])
 
 
@@ -104,7 +104,7 @@ SIZES = [  # the papers' experiments: what --dry-run must say
 @pytest.mark.parametrize("name, flags, lines", SIZES)
 def test_dry_run_prints_the_sizes_of_the_papers_experiments(name, flags, lines, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(common.Policy, "__init__", lambda *a: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(harness, "load_policy", lambda *a: pytest.fail("a model was loaded"))
     with pytest.raises(SystemExit) as stop:
         {s.__name__: s for s in SCRIPTS}[name].parse_args([*flags.split(), "--dry-run"])
     printed = capsys.readouterr().out
@@ -173,7 +173,7 @@ CASES += [(s, *c) for s, own in ((vmpo, WRONG_VMPO), (grpo, WRONG_GRPO), (awm, W
 @pytest.mark.parametrize("script, flags, word", CASES, ids=lambda x: x if isinstance(x, str) else x.__name__)
 def test_bad_input_is_one_sentence_before_any_model_is_loaded(script, flags, word, capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(common.Policy, "__init__", lambda *a: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(harness, "load_policy", lambda *a: pytest.fail("a model was loaded"))
     with pytest.raises(SystemExit) as stop:
         script.main(script.parse_args([*SMALL, "--runs", str(tmp_path), *flags.split()]))
     message = capsys.readouterr().err.strip().splitlines()[-1]
@@ -231,7 +231,7 @@ def test_killed_run_resumes_from_a_valid_checkpoint(tmp_path):
 
 
 def test_fork_runs_in_another_folder(tmp_path):
-    for name in ("vmpo.py", "common.py", "rewards.py"):
+    for name in ("vmpo.py", "common.py", "harness.py", "rewards.py"):
         shutil.copy(ROOT / name, tmp_path)
     (tmp_path / "my_module.py").write_text(
         "def my_reward(images, prompts, metadata):\n    return images[:, 0].mean((1, 2))\n"

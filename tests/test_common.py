@@ -1,7 +1,5 @@
-"""common.py without a model: prompts, random numbers, averaging, logging, and every check of the flags."""
+"""common.py without a model: prompts, random numbers, transitions, averaging, advantages, the optimiser."""
 
-import csv
-import json
 import math
 from collections import Counter
 from pathlib import Path
@@ -9,18 +7,17 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from PIL import Image
 from torch import nn
 
 import common
-import vmpo
+import harness
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
 
 
 def make_run(folder=".", rank=0, world=1, start_epoch=0):
-    return common.Run(Path(folder), CPU, torch.float32, rank, world, start_epoch)
+    return harness.Run(Path(folder), CPU, torch.float32, rank, world, start_epoch)
 
 
 def numbered(count):
@@ -46,45 +43,6 @@ def test_prompt_batch_is_a_stream_of_whole_passes(count, n):
 def test_prompt_batch_depends_on_the_seed():
     prompts = numbered(50)
     assert common.prompt_batch(prompts, 0, 0, 50) != common.prompt_batch(prompts, 0, 1, 50)
-
-
-def test_load_prompts_text_and_json_lines_together(tmp_path):
-    (tmp_path / "a.txt").write_text("a cat\n\n  a dog  \n", encoding="utf-8")
-    (tmp_path / "b.jsonl").write_text('{"prompt": "a café", "tag": 3}\n\n{"prompt": "a cat"}\n', encoding="utf-8")
-    prompts = common.load_prompts(f"{tmp_path / 'a.txt'},{tmp_path / 'b.jsonl'}")
-    assert [p.text for p in prompts] == ["a cat", "a dog", "a café", "a cat"]
-    assert [p.id for p in prompts] == [0, 1, 2, 3]  # equal texts stay two prompts
-    assert prompts[0].metadata == {} and prompts[2].metadata == {"prompt": "a café", "tag": 3}
-
-
-def test_load_prompts_finds_the_embedded_files_from_any_folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    assert len(common.load_prompts("prompts/shapes_train.txt")) > 100
-
-
-@pytest.mark.parametrize(
-    "name,content,words",
-    [
-        ("x.txt", "\n  \n", ["x.txt", "empty"]),
-        ("x.jsonl", "", ["x.jsonl", "empty"]),
-        ("x.jsonl", '{"prompt": "a"}\n{"prompt": \n', ["x.jsonl", "line 2", "JSON"]),
-        ("x.jsonl", '{"prompt": "a"}\n\n{"text": "b"}\n', ["x.jsonl", "line 3", "'prompt'"]),
-        ("x.jsonl", '["prompt"]\n', ["x.jsonl", "line 1"]),
-        ("x.txt", None, ["x.txt", "does not exist"]),
-    ],
-)
-def test_load_prompts_says_what_is_wrong(tmp_path, name, content, words):
-    if content is not None:
-        (tmp_path / name).write_text(content)
-    with pytest.raises(common.UsageError) as problem:
-        common.load_prompts(str(tmp_path / name))
-    assert all(word in str(problem.value) for word in words) and "\n" not in str(problem.value)
-
-
-def test_load_prompts_of_nothing():
-    for nothing in ("", ","):
-        with pytest.raises(common.UsageError, match="--prompts .*does not exist"):
-            common.load_prompts(nothing)
 
 
 # ---- random numbers -------------------------------------------------------------------------------------------------
@@ -136,15 +94,16 @@ def as_set(rows, first=0):
 @pytest.mark.parametrize("updates", [1, 2, 3])
 @pytest.mark.parametrize("steps", [[0, 1, 2], [1, 4, 5, 8]])
 def test_shuffled_rows_are_a_partition_and_the_same_for_any_number_of_processes(updates, steps):
-    args = SimpleNamespace(num_prompts=6, group_size=2, updates_per_epoch=updates, seed=3)
-    one = common.shuffled_rows(args, make_run(), steps, epoch=4, inner=0)
+    key = 3, 4, 0  # seed, epoch, pass
+    one = common.shuffled_rows(range(12), 12, steps, updates, *key)
     assert len(one) == updates and {len(rows) for rows in one} == {12 * len(steps) // updates}
     flat = [tuple(row) for rows in one for row in rows.tolist()]
     assert len(flat) == len(set(flat)) and set(flat) == {(n, i) for n in range(12) for i in steps}
     assert flat != sorted(flat)
     for world in (2, 3, 6):
         local = 12 // world
-        ranks = [common.shuffled_rows(args, make_run(rank=r, world=world), steps, 4, 0) for r in range(world)]
+        shares = [range(r * local, (r + 1) * local) for r in range(world)]
+        ranks = [common.shuffled_rows(mine, 12, steps, updates, *key) for mine in shares]
         for update in range(updates):
             assert all(((0 <= p[update][:, 0]) & (p[update][:, 0] < local)).all() for p in ranks)
             assert sum(len(p[update]) for p in ranks) == len(one[update])
@@ -152,13 +111,14 @@ def test_shuffled_rows_are_a_partition_and_the_same_for_any_number_of_processes(
 
 
 def test_shuffled_rows_change_with_epoch_pass_and_seed():
-    args = SimpleNamespace(num_prompts=4, group_size=4, updates_per_epoch=1, seed=0)
-    base = common.shuffled_rows(args, make_run(), [0, 1], 0, 0)[0].tolist()
-    assert base == common.shuffled_rows(args, make_run(), [0, 1], 0, 0)[0].tolist()
-    assert base != common.shuffled_rows(args, make_run(), [0, 1], 1, 0)[0].tolist()
-    assert base != common.shuffled_rows(args, make_run(), [0, 1], 0, 1)[0].tolist()
-    args.seed = 1
-    assert base != common.shuffled_rows(args, make_run(), [0, 1], 0, 0)[0].tolist()
+    def rows(seed, epoch, inner):
+        return common.shuffled_rows(range(16), 16, [0, 1], 1, seed, epoch, inner)[0].tolist()
+
+    base = rows(0, 0, 0)
+    assert base == rows(0, 0, 0)
+    assert base != rows(0, 1, 0)
+    assert base != rows(0, 0, 1)
+    assert base != rows(1, 0, 0)
 
 
 # ---- weights --------------------------------------------------------------------------------------------------------
@@ -186,11 +146,11 @@ def test_optimizer_step_clips():
     param = nn.Parameter(torch.zeros(4))
     optimizer = torch.optim.SGD([param], lr=1.0)
     param.grad = torch.tensor([3.0, 4.0, 0.0, 0.0])
-    norm, taken = common.optimizer_step(optimizer, [param], 1.0, make_run())
+    norm, taken = common.optimizer_step(optimizer, [param], 1.0)
     assert norm == 5 and taken and param.grad is None
     torch.testing.assert_close(param.data, torch.tensor([-0.6, -0.8, 0.0, 0.0]), rtol=0, atol=1e-5)
     param.grad = torch.tensor([0.3, 0.0, 0.0, 0.0])  # below the limit: as it is
-    common.optimizer_step(optimizer, [param], 1.0, make_run())
+    common.optimizer_step(optimizer, [param], 1.0)
     torch.testing.assert_close(param.data, torch.tensor([-0.9, -0.8, 0.0, 0.0]), rtol=0, atol=1e-5)
 
 
@@ -200,15 +160,15 @@ def test_optimizer_step_skips_bad_gradients(bad):
     optimizer = torch.optim.AdamW(params, lr=0.1, weight_decay=0.1)
     for p in params:
         p.grad = torch.ones_like(p)
-    assert common.optimizer_step(optimizer, params, 1.0, make_run())[1]
+    assert common.optimizer_step(optimizer, params, 1.0)[1]
     kept, state = [p.detach().clone() for p in params], optimizer.state[params[0]]["exp_avg"].clone()
     params[0].grad, params[1].grad = torch.ones(3), torch.tensor([1.0, bad])
-    norm, taken = common.optimizer_step(optimizer, params, 1.0, make_run())
+    norm, taken = common.optimizer_step(optimizer, params, 1.0)
     assert taken is False and not math.isfinite(norm)
     assert all(torch.equal(p, k) for p, k in zip(params, kept)) and all(p.grad is None for p in params)
     assert torch.equal(optimizer.state[params[0]]["exp_avg"], state)
     params[0].grad, params[1].grad = torch.ones(3), torch.ones(2)
-    assert common.optimizer_step(optimizer, params, 1.0, make_run())[1]  # the next one is taken again
+    assert common.optimizer_step(optimizer, params, 1.0)[1]  # the next one is taken again
     assert not torch.equal(params[0], kept[0])
 
 
@@ -230,7 +190,7 @@ def test_reduce_latent():
 )
 def test_pick_dtype(name, device, bf16, expected, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *a: bf16)
-    dtype, reason = common.pick_dtype(name, torch.device(device))
+    dtype, reason = harness.pick_dtype(name, torch.device(device))
     assert dtype == expected and reason
 
 
@@ -238,8 +198,8 @@ def test_pick_dtype(name, device, bf16, expected, monkeypatch):
 MODES = ["group", "global", "none", "rloo"]
 
 
-def advantage(reward, group_size, mode, run=None):
-    return common.group_advantage(torch.as_tensor(reward), group_size, mode, run or make_run())
+def advantage(reward, group_size, mode):
+    return common.group_advantage(torch.as_tensor(reward), group_size, mode)
 
 
 @pytest.mark.parametrize("size", [2, 3, 8])
@@ -285,9 +245,9 @@ def test_group_advantage_of_a_share_is_that_of_the_whole_epoch(mode, monkeypatch
     """Groups lie within a process; the standard deviation of --adv-norm global is over all processes."""
     reward = torch.randn(24) * torch.tensor([1.0] * 12 + [30.0] * 12)
     whole, flags = advantage(reward, 4, mode)
-    monkeypatch.setattr(common, "gather", lambda x, run: reward)
+    monkeypatch.setattr(common, "gather", lambda x: reward)
     for rank, share in enumerate(reward.split(12)):
-        adv, zero = advantage(share, 4, mode, make_run(rank=rank, world=2))
+        adv, zero = advantage(share, 4, mode)
         torch.testing.assert_close(adv, whole[12 * rank : 12 * rank + 12])
         assert torch.equal(zero, flags[12 * rank : 12 * rank + 12])
 
@@ -296,50 +256,6 @@ def test_groups_go_by_position():
     """Two prompts with one text are two groups: rewards are compared within rows of group_size only."""
     adv, _ = advantage([1.0, 2.0, 101.0, 103.0], 2, "none")
     assert adv.tolist() == [-0.5, 0.5, -1.0, 1.0]
-
-
-# ---- statistics -----------------------------------------------------------------------------------------------------
-def test_stats_are_means_over_all_rows_and_maxima():
-    rows, stats = torch.randn(31) * 2 + 5, common.Stats(["a/mean", "b", "never"], ["top", "low"])
-    for part in rows.split([10, 1, 20]):  # unequal micro-batches
-        stats.add({"a/mean": part, "b": part**2})
-        stats.top("top", part.max().item())
-    stats.top("low", -3.0)
-    found = stats.result(make_run(), std=("a/mean",))
-    assert set(found) == {"a/mean", "a/std", "b", "top", "low"}  # what was never added has no value
-    assert found["a/mean"] == pytest.approx(rows.mean().item(), rel=1e-5)
-    assert found["a/std"] == pytest.approx(rows.std(correction=0).item(), rel=1e-5)
-    assert found["b"] == pytest.approx((rows**2).mean().item(), rel=1e-5)
-    assert found["top"] == rows.max().item() and found["low"] == 0
-
-
-def test_stats_of_several_processes(monkeypatch):
-    shares, sums = torch.randn(20).split([4, 16]), []
-
-    def result():
-        stats = common.Stats(["x/mean"], ["top"])
-        stats.add({"x/mean": shares[0]})
-        stats.top("top", 1.0)
-        return stats.result(make_run(world=2), std=("x/mean",))
-
-    def all_reduce(values, run, how="SUM"):
-        if how == "MAX":
-            return {"top": 2.5}
-        sums.append(values)
-        other = [len(shares[1]), shares[1].double().sum().item(), (shares[1].double() ** 2).sum().item()]
-        return {key: value + other[key[1]] for key, value in values.items()}
-
-    monkeypatch.setattr(common, "all_reduce", all_reduce)
-    found, whole = result(), torch.cat(shares)
-    assert found["x/mean"] == pytest.approx(whole.mean().item(), abs=1e-6) and found["top"] == 2.5
-    assert found["x/std"] == pytest.approx(whole.std(correction=0).item(), rel=1e-5)
-
-
-def test_stats_take_no_part_in_the_graph():
-    x = torch.ones(3, requires_grad=True)
-    stats = common.Stats(["x"])
-    stats.add({"x": 2 * x})
-    assert not stats.sums["x"][1].requires_grad
 
 
 # ---- the optimiser --------------------------------------------------------------------------------------------------
@@ -352,7 +268,7 @@ def adam(**changes):
 def optimiser(args, seed=0):
     gen = torch.Generator().manual_seed(seed)
     params, others = ([nn.Parameter(torch.randn(3, generator=gen)) for _ in range(2)] for _ in range(2))
-    return common.Optimiser(args, make_run(), params, (others, 0.01, 5.0)), params, others
+    return harness.make_optimiser(args, make_run(), params, (others, 0.01, 5.0)), params, others
 
 
 def descend(opt, params, others, steps):
@@ -417,338 +333,3 @@ def test_optimiser_stops_after_too_many_bad_steps_and_counts_from_the_last_good_
     bad(), bad()
     with pytest.raises(SystemExit, match="3 updates in a row"):
         bad()
-
-
-# ---- the recorder ---------------------------------------------------------------------------------------------------
-class Failure(Exception):
-    pass
-
-
-@pytest.fixture
-def recorder(tmp_path, monkeypatch):
-    """Recorder of a run without a model: theta is one weight, the exported LoRA a text file of its value."""
-    args = adam(ema_decay=0.5, ema_every=1, resume="", epochs=3, eval_images=4, eval_every=1, sample_every=0,
-                save_every=9, wandb=None)  # fmt: skip
-    run = make_run(tmp_path)
-    run.method = "grpo"
-    (tmp_path / "checkpoints").mkdir()
-    theta = nn.Parameter(torch.zeros(2))
-    opt = common.Optimiser(args, run, [theta])
-    policy = SimpleNamespace(network_calls=0)
-    reward = SimpleNamespace(terms=[SimpleNamespace(name="shapes")])
-    copy = lambda policy, folder: (folder / "lora.txt").write_text(str(theta.tolist()))  # noqa: E731
-    monkeypatch.setattr(common, "export_lora", copy)
-    made = common.Recorder(run, args, policy, opt, reward, None, Failure, ["loss"], {"lag": common.EMA([theta], 0.0)})
-    return SimpleNamespace(made=made, args=args, theta=theta, opt=opt, run=run)
-
-
-def one_epoch(parts, epoch):
-    for _ in range(3):
-        parts.made.phase()
-    parts.opt.backward((parts.theta - 5).square().sum())
-    parts.opt.step()
-    parts.made.end_epoch(epoch, torch.tensor([1.0, 2.0]), {"shapes": torch.tensor([1.0, 2.0])}, {"loss": 0.5})
-
-
-def test_a_reward_failing_in_an_evaluation_keeps_the_policys_own_weights(recorder, monkeypatch):
-    """The evaluation runs with the averaged weights; the checkpoint it leaves behind must hold theta itself."""
-    seen = []
-
-    def held_out(policy, args, run, reward, more):
-        seen.append(recorder.theta.detach().clone())
-        if len(seen) > 1:
-            raise Failure("server gone")
-        return {"reward": torch.ones(4)}
-
-    monkeypatch.setattr(common, "score_held_out", held_out)
-    recorder.args.eval_prompt_list = numbered(4)
-    epochs = recorder.made.epochs()
-    next(epochs)
-    with pytest.raises(SystemExit, match="grpo.py: stopped after epoch 1: server gone"):
-        one_epoch(recorder, 0)
-    own, averaged = recorder.theta.detach(), recorder.opt.ema.shadow[0]
-    assert not torch.equal(own, averaged)
-    assert torch.equal(seen[1], averaged)  # what was evaluated
-    folder = recorder.run.dir / "checkpoints" / "last"
-    kept = torch.load(folder / "state.pt", weights_only=True)
-    assert kept["epoch"] == 1 and set(kept) == {"theta", "lag", "epoch"}
-    assert torch.equal(kept["theta"]["lora"][0], own) and torch.equal(kept["theta"]["ema"]["shadow"][0], averaged)
-    assert (folder / "lora.txt").read_text() == str(averaged.tolist())  # what is exported, as ever
-    assert [row["epoch"] for row in recorder.made.logger.rows()] == [0, 1]
-
-
-def test_a_failing_reward_before_the_first_epoch_leaves_no_checkpoint(recorder, monkeypatch):
-    def held_out(*a):
-        raise Failure("no server")
-
-    monkeypatch.setattr(common, "score_held_out", held_out)
-    with pytest.raises(SystemExit, match="stopped after epoch 0: no server"):
-        next(recorder.made.epochs())
-    assert not list((recorder.run.dir / "checkpoints").iterdir())
-
-
-def test_a_failing_reward_in_a_rollout_keeps_the_epochs_before(recorder, monkeypatch):
-    recorder.args.eval_images = 0
-    epochs = recorder.made.epochs()
-    next(epochs)
-    one_epoch(recorder, 0)
-    next(epochs)
-    with pytest.raises(SystemExit, match="stopped after epoch 1: bad image"), recorder.made.scoring(1):
-        raise Failure("bad image")
-    assert common.load(recorder.run.dir)["epoch"] == 1
-    with pytest.raises(ZeroDivisionError), recorder.made.scoring(1):  # anything else is a bug and shows itself
-        raise ZeroDivisionError
-
-
-# ---- logs and pictures ----------------------------------------------------------------------------------------------
-def read(path):
-    with path.open(newline="") as f:
-        return list(csv.reader(f))
-
-
-def test_logger_columns_are_fixed_and_a_resumed_run_drops_what_came_after_its_checkpoint(tmp_path):
-    args = SimpleNamespace(wandb=None)
-    logger = common.Logger(make_run(tmp_path), args, ["a", "b"])
-    logger.log(0, {"b": 0.5})
-    for epoch in (1, 2, 3):
-        logger.log(epoch, {"a": epoch / 4, "b": -epoch})
-    with pytest.raises(KeyError, match="typo"):
-        logger.log(4, {"a": 1.0, "typo": 2.0})
-    logger.close()
-    table = tmp_path / "metrics.csv"
-    assert read(table) == [
-        ["epoch", "a", "b"],
-        ["0", "", "0.5"],
-        ["1", "0.25", "-1"],
-        ["2", "0.5", "-2"],
-        ["3", "0.75", "-3"],
-    ]
-    logger = common.Logger(make_run(tmp_path, start_epoch=2), args, ["a", "b"])
-    logger.log(3, {"a": 9.0, "b": 9.0})
-    logger.close()
-    assert read(table)[-2:] == [["2", "0.5", "-2"], ["3", "9.0", "9.0"]] and len(read(table)) == 5
-    assert logger.rows()[0] == {"epoch": 0.0, "b": 0.5} and logger.rows()[-1] == {"epoch": 3.0, "a": 9.0, "b": 9.0}
-    assert list(tmp_path.glob("events.out.tfevents*"))
-
-
-def test_logger_of_another_process_writes_nothing(tmp_path):
-    logger = common.Logger(make_run(tmp_path, rank=1, world=2), SimpleNamespace(wandb=None), ["a"])
-    logger.log(1, {"a": 1.0})
-    logger.close()
-    assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize("pixels,side", [(32, 96), (128, 128), (512, 256)])
-def test_image_grid_has_a_tile_per_image(tmp_path, pixels, side):
-    images = torch.zeros(5, 3, pixels, pixels)
-    images[:, 0], images[4, 2] = 1.0, 1.0  # red; the fifth magenta
-    common.image_grid(images, [f"a caption of many words {n}" for n in range(5)], tmp_path / "grid.png", columns=3)
-    with Image.open(tmp_path / "grid.png") as sheet:
-        assert sheet.format == "PNG" and sheet.size == (3 * (side + 14), 2 * (side + 40))
-        centre = side // 2
-        assert sheet.getpixel((centre, 30 + centre)) == (255, 0, 0)
-        assert sheet.getpixel((side + 14 + centre, side + 70 + centre)) == (255, 0, 255)
-        assert sheet.getpixel((2 * (side + 14) + centre, side + 70 + centre)) == (255, 255, 255)  # no sixth image
-    assert [p.name for p in tmp_path.iterdir()] == ["grid.png"]
-
-
-def test_image_grid_of_pairs(tmp_path):
-    images = torch.zeros(4, 3, 32, 32)
-    images[1::2] = 1.0  # before black, after white
-    common.image_grid(images, ["a", "b"], tmp_path / "pairs.png", columns=2, pairs=True)
-    with Image.open(tmp_path / "pairs.png") as sheet:
-        assert sheet.size == (2 * (2 * 100 + 10), 96 + 40)
-        assert sheet.getpixel((48, 78)) == (0, 0, 0) and sheet.getpixel((100 + 48, 78)) == (255, 255, 255)
-        assert sheet.getpixel((210 + 48, 78)) == (0, 0, 0)
-    both = [(0.0, 1.0), (0.5, 0.25)]
-    common.image_grid(images, ["a", "b"], tmp_path / "pairs.png", columns=2, pairs=True, scores=both)
-    with Image.open(tmp_path / "pairs.png") as sheet:
-        assert sheet.size == (2 * (2 * 100 + 10), 96 + 54)
-        rose, fell = sheet.getpixel((1, 60)), sheet.getpixel((211, 60))  # the frames
-        assert rose[1] > max(rose[0], rose[2]) and fell[0] > max(fell[1:])
-
-
-# ---- models ---------------------------------------------------------------------------------------------------------
-def test_find_model_knows_its_names_and_folders(tmp_path):
-    assert common.find_model("sd15") == ("stable-diffusion-v1-5/stable-diffusion-v1-5", "eps")
-    assert common.find_model("tiny-sd35")[1] == "flow"
-    for cls, kind in common.PIPELINES.items():
-        (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": cls}))
-        assert common.find_model(str(tmp_path)) == (str(tmp_path), kind)
-
-
-@pytest.mark.parametrize(
-    "name,words",
-    [
-        ("sd16", ["sd16", "tiny-sd35", "owner/name"]),
-        ("./sd/16", ["./sd/16"]),
-        ("/no/folder", ["/no/folder"]),
-        ("nobody/nothing", ["nobody/nothing", "HF_HUB_OFFLINE", "--preset tiny"]),
-    ],
-)
-def test_find_model_of_an_unknown_name(name, words, monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(common.UsageError) as problem:
-        common.find_model(name)
-    assert all(word in str(problem.value) for word in words)
-
-
-def test_find_model_of_an_unsuitable_folder(tmp_path):
-    with pytest.raises(common.UsageError, match="without model_index.json"):
-        common.find_model(str(tmp_path))
-    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "FluxPipeline"}))
-    with pytest.raises(common.UsageError, match="FluxPipeline; supported are StableDiffusionPipeline"):
-        common.find_model(str(tmp_path))
-
-
-# ---- flags ----------------------------------------------------------------------------------------------------------
-def refused(capsys, *flags, preset="tiny"):
-    """The one sentence with which vmpo.py ends (exit code 2) before anything is loaded."""
-    with pytest.raises(SystemExit) as stop:
-        vmpo.parse_args(["--preset", preset, *map(str, flags)])
-    assert stop.value.code == 2
-    *usage, message = capsys.readouterr().err.splitlines()
-    assert message.startswith("vmpo.py: error: ") and all(not line.startswith("vmpo.py") for line in usage)
-    return message
-
-
-@pytest.fixture(autouse=True)
-def started_as_vmpo(monkeypatch):
-    monkeypatch.setattr("sys.argv", ["vmpo.py"])
-    monkeypatch.delenv("WORLD_SIZE", raising=False)
-
-
-REFUSED = [
-    ("--steps 1", ["--steps 1", "at least 2"]),
-    ("--group-size 1", ["--mean group", "--group-size is 1"]),
-    ("--group-size 0", ["--group-size 0", "1 or more"]),
-    ("--num-prompts 0", ["--num-prompts 0"]),
-    ("--epochs 0", ["--epochs 0"]),
-    ("--micro-batch-size -1", ["--micro-batch-size -1"]),
-    (
-        "--updates-per-epoch 5 --num-prompts 8 --group-size 8 --steps 10",
-        ["--updates-per-epoch 5", "384 transitions", "use 8"],
-    ),
-    ("--kernel ddim", ["--kernel ddim", "flow_sde, dance"]),
-    ("--kernel flow_sde --model tiny-sd15", ["--kernel flow_sde", "ddim, ancestral"]),
-    ("--kernel euler", ["--kernel", "euler"]),
-    ("--kernel ode", ["--kernel ode", "deterministic"]),
-    ("--noise-level 0", ["--noise-level 0", "above 0"]),
-    ("--noise-level -0.5", ["--noise-level -0.5", "above 0"]),
-    ("--noise-level nan", ["--noise-level nan"]),
-    ("--noise-level 1.5 --model tiny-sd15", ["--noise-level 1.5", "ddim", "at most 1"]),
-    ("--noise-level 1.5 --kernel cps", ["--noise-level 1.5", "cps"]),
-    ("--train-fraction 0 --steps 10", ["--train-fraction 0", "1 to 10"]),
-    ("--train-fraction nan --steps 10", ["--train-fraction nan", "1 to 10"]),
-    ("--cfg nan", ["--cfg nan", "finite"]),
-    ("--lr inf", ["--lr inf", "finite"]),
-    ("--train-fraction 1.2 --steps 10", ["--train-fraction 1.2", "1 to 10"]),
-    ("--prompts=", ["--prompts", "does not exist"]),
-    ("--prompts nowhere.txt", ["--prompts nowhere.txt", "does not exist"]),
-    ("--preset nothing", ["--preset nothing", "sd15-hpsv2"]),
-    ("--model sd16", ["--model sd16", "sd3.5-medium"]),
-    ("--model nobody/nothing", ["nobody/nothing", "HF_HUB_OFFLINE"]),
-    ("--beta 0", ["--beta 0", "above 0"]),
-    ("--beta nan", ["--beta nan"]),
-    ("--lr 0", ["--lr 0", "above 0"]),
-    ("--ema-decay 1", ["--ema-decay 1", "[0, 1)"]),
-    ("--objective mc --mean time", ["--objective mc", "--mean time", "group or batch"]),
-    ("--objective ppo --mean time_prompt", ["--objective ppo", "--mean time_prompt"]),
-    ("--no-such-flag 3", ["--no-such-flag"]),
-]
-
-
-@pytest.mark.parametrize("flags,words", REFUSED)
-def test_wrong_flags_end_in_one_sentence(flags, words, capsys, monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    message = refused(capsys, *flags.split())
-    assert all(word in message for word in words), message
-
-
-def test_empty_prompt_file_is_refused(capsys, tmp_path):
-    (tmp_path / "none.txt").write_text("\n")
-    assert "is empty" in refused(capsys, "--prompts", tmp_path / "none.txt")
-
-
-WORLDS = [(3, ["3 processes", "use 2 processes or --num-prompts 9"]), (16, ["use 8", "16"])]
-
-
-@pytest.mark.parametrize("world,words", WORLDS)
-def test_processes_must_divide_the_prompts(world, words, capsys, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", str(world))
-    message = refused(capsys, "--num-prompts", 8)
-    assert all(word in message for word in words), message
-
-
-def test_runs_folder_must_be_writable(capsys, tmp_path):
-    (tmp_path / "file").write_text("x")  # below a regular file, where root cannot write either
-    message = refused(capsys, "--runs", tmp_path / "file" / "runs")
-    assert "--runs" in message and "not a writable folder" in message
-
-
-def check_only(monkeypatch, *flags):
-    """parse_args without the model and the reward."""
-    monkeypatch.setattr(common, "check_model", lambda args: None)
-    monkeypatch.setattr(vmpo.rewards, "check", lambda *a: None)
-    return vmpo.parse_args([*map(str, flags)])
-
-
-def saved_run(folder, args, method="vmpo", complete=True):
-    """A run folder as setup() and save() leave it."""
-    skip = {"prompt_list", "eval_prompt_list", "argv", "changed", "run_dir", "resume", "dry_run"}
-    plain = {k: v for k, v in vars(args).items() if k not in skip}
-    (folder / "checkpoints" / "last").mkdir(parents=True)
-    (folder / "args.json").write_text(json.dumps({"method": method, "args": plain}))
-    if complete:
-        (folder / "checkpoints" / "last" / "state.pt").write_bytes(b"")
-    return folder
-
-
-def resume_refused(capsys, folder, *flags):
-    with pytest.raises(SystemExit) as stop:
-        vmpo.parse_args(["--resume", str(folder), *map(str, flags)])
-    assert stop.value.code == 2
-    message = capsys.readouterr().err.splitlines()[-1]
-    assert message.startswith("vmpo.py: error: ")
-    return message
-
-
-def test_resume_takes_the_runs_own_flags(tmp_path, monkeypatch):
-    args = check_only(monkeypatch, "--preset", "tiny", "--lr", 1e-3, "--epochs", 7)
-    folder = saved_run(tmp_path / "run", args)
-    again = check_only(monkeypatch, "--resume", folder)
-    assert again.lr == 1e-3 and again.epochs == 7 and again.model == "tiny-sd35" and again.resume == str(folder)
-    changed = check_only(monkeypatch, "--resume", folder, "--epochs", 9, "--micro-batch-size", 3, "--lr", 1e-3)
-    assert changed.epochs == 9 and changed.micro_batch_size == 3
-    drop = dict.fromkeys(("argv", "changed", "resume"))
-    assert vars(args) | drop == vars(again) | drop
-
-
-def test_resume_of_something_else_is_refused(capsys, tmp_path, monkeypatch):
-    args = check_only(monkeypatch, "--preset", "tiny")
-    (tmp_path / "empty").mkdir()
-    for folder in (tmp_path / "empty", tmp_path / "nowhere"):
-        assert "is not a run folder" in resume_refused(capsys, folder)
-    message = resume_refused(capsys, saved_run(tmp_path / "other", args, method="grpo"))
-    assert "a run of grpo.py, not of vmpo.py" in message
-    message = resume_refused(capsys, saved_run(tmp_path / "early", args, complete=False))
-    assert "no complete checkpoint" in message
-    (tmp_path / "torn").mkdir()
-    (tmp_path / "torn" / "args.json").write_text('{"method": ')
-    assert "is not a run folder" in resume_refused(capsys, tmp_path / "torn")
-
-
-@pytest.mark.parametrize("flag,value", [("--lr", 0.5), ("--num-prompts", 60), ("--beta", 7.5), ("--model", "sd15")])
-def test_resume_with_another_mathematics_is_refused(flag, value, capsys, tmp_path, monkeypatch):
-    folder = saved_run(tmp_path / "run", check_only(monkeypatch, "--preset", "tiny"))
-    message = resume_refused(capsys, folder, flag, value)
-    assert f"{flag} {value} differs from the resumed run's" in message and f"leave {flag} out" in message
-
-
-def test_defaults_then_preset_then_flags(monkeypatch):
-    args = check_only(monkeypatch, "--preset", "tiny", "--steps", 10, "--lr", 0.0123)
-    assert args.lr == 0.0123 and args.group_size == vmpo.PRESETS["tiny"]["group_size"] and args.adam_beta1 == 0.9
-    assert args.changed == {"lr": [vmpo.PRESETS["tiny"]["lr"], 0.0123]}
-    assert (args.kernel, args.noise_level, args.kind, args.train_steps) == ("flow_sde", 0.7, "flow", 6)
-    args = check_only(monkeypatch, "--preset", "tiny-sd15", "--steps", 10)
-    assert (args.kernel, args.noise_level, args.kind, args.train_steps) == ("ddim", 1.0, "eps", 7)

@@ -25,6 +25,7 @@ from diffusers import UNet2DConditionModel as UNet
 
 import common
 import first_order_rsm as fo
+import harness
 import rewards
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -200,18 +201,17 @@ def test_clip_norm():
 
 
 def test_quantile_is_over_all_processes(monkeypatch):
-    run = SimpleNamespace(device="cpu", world=1)
     mine, other = torch.randn(5, 2, 3, 3), 4 * torch.randn(2, 2, 3, 3)
     norms = [v.norm().item() for v in (*mine, *other)]
-    assert fo.norm_quantile(mine, 8, 0.8, run) == pytest.approx(np.quantile(norms[:5], 0.8), rel=1e-6)
+    assert fo.norm_quantile(mine, 8, 0.8) == pytest.approx(np.quantile(norms[:5], 0.8), rel=1e-6)
     seen = []
-    monkeypatch.setattr(common, "gather", lambda x, run: seen.append(x) or x)
-    assert fo.norm_quantile(other, 8, 0.3, run) == pytest.approx(np.quantile(norms[5:], 0.3), rel=1e-6)
+    monkeypatch.setattr(common, "gather", lambda x: seen.append(x) or x)
+    assert fo.norm_quantile(other, 8, 0.3) == pytest.approx(np.quantile(norms[5:], 0.3), rel=1e-6)
     assert len(seen[0]) == 8  # as long in every process, whatever the shuffle gave it
-    monkeypatch.setattr(common, "gather", lambda x, run: torch.cat([seen[0], x]))
-    assert fo.norm_quantile(mine, 8, 0.8, run) == pytest.approx(np.quantile(norms, 0.8), rel=1e-6)
-    monkeypatch.setattr(common, "gather", lambda x, run: torch.cat([seen[0], x]))
-    assert fo.norm_quantile(mine[:0], 8, 0.3, run) == pytest.approx(np.quantile(norms[5:], 0.3), rel=1e-6)
+    monkeypatch.setattr(common, "gather", lambda x: torch.cat([seen[0], x]))
+    assert fo.norm_quantile(mine, 8, 0.8) == pytest.approx(np.quantile(norms, 0.8), rel=1e-6)
+    monkeypatch.setattr(common, "gather", lambda x: torch.cat([seen[0], x]))
+    assert fo.norm_quantile(mine[:0], 8, 0.3) == pytest.approx(np.quantile(norms[5:], 0.3), rel=1e-6)
 
 
 # ---- which steps ----------------------------------------------------------------------------------------------------
@@ -251,17 +251,17 @@ class World:
     def __init__(self, kind, folder):
         flags = ["--model", MODELS[kind], "--method", "residual-db", "--cfg", 2, "--num-prompts", 3, "--steps", 4]
         self.kind, self.args = kind, arguments(*flags, "--train-fraction", 1, "--seed", 5)
-        self.run = common.Run(folder, torch.device("cpu"), torch.float32, 0, 1)
-        self.policy = common.Policy(self.args, self.run)
-        self.params = common.add_lora(self.policy, self.args)
+        run = harness.Run(folder, torch.device("cpu"), torch.float32, 0, 1)
+        self.policy = harness.load_policy(self.args, run)
+        self.params = harness.add_lora(self.policy, self.args)
         generator = torch.Generator().manual_seed(3)
         for p in self.params:
             p.data = 0.15 * torch.randn(p.shape, generator=generator)
         self.reward = rewards.load("clipscore", "cpu", torch.float32, self.args.paths)
-        self.grid = common.make_grid(self.policy.pipe.scheduler, kind, 4, self.args.kernel, self.args.noise_level)
-        self.batch = common.epoch_batch(self.policy, self.args, self.run, 0)
+        self.grid = self.policy.grid(4, self.args.kernel, self.args.noise_level)
+        self.batch = harness.epoch_batch(self.args, self.policy, 0)
         noise = self.batch.noise
-        self.path = common.rollout(self.policy, self.grid, self.batch.cond, [], noise, 2.0, 8, range(4), desc="")
+        self.path = common.rollout(self.policy, self.grid, self.batch.cond, noise, 2.0, 8, range(4), desc="")
         self.exact = steps_of(kind, self.policy.pipe.scheduler, 4)
         self.net, self.vae = copy.deepcopy(self.policy.net).double(), copy.deepcopy(self.policy.vae).double()
         self.score64 = rewards.load("clipscore", "cpu", F64, self.args.paths).terms[0].fn
@@ -273,10 +273,10 @@ class World:
     def guidance(self, batch=None, chosen=None, **changes):
         args = self.vary(**changes)
         self.policy.detach_uncond = args.detach_uncond
-        gradient = fo.RewardGradient(args, self.run, self.policy, self.reward)
+        gradient = fo.RewardGradient(args, self.policy, self.reward, self.grid)
         batch, chosen = batch or self.batch, self.chosen if chosen is None else chosen
         try:
-            return fo.guidance(self.policy, gradient, self.grid, self.path, chosen, batch, args)
+            return fo.guidance(gradient, self.path, chosen, batch)
         finally:
             self.policy.detach_uncond = False
 
@@ -404,7 +404,7 @@ def test_nothing_of_the_guidance_stays_behind(world, denoiser):
     assert all(p.grad is None for p in world.params)
     assert all(p.grad is None for p in [*world.policy.vae.parameters(), *world.policy.net.parameters()])
     assert not world.path.x.requires_grad
-    again = world.policy.predict(world.path.x[:, 1], world.grid.time(1, 3, "cpu"), world.path.cond, 2.0)
+    again = world.policy.predict(world.path.x[:, 1], world.grid.time(1, world.path.x[:, 1]), world.path.cond, 2.0)
     torch.testing.assert_close(again, world.path.o_old[:, 1], rtol=1e-4, atol=1e-5)  # the adapters are on again
 
 
@@ -498,6 +498,12 @@ class LinearFlow:
         return (x.flatten(1) @ self.a.T + self.b).view_as(x)
 
 
+def value_rows(path, cond, g, n, k):
+    """What the value network's loss sees of transitions k of samples n, all four steps being trained."""
+    g_s, none = g[n, (k + 1).clamp(max=3)], torch.zeros(len(n), 0)
+    return fo.Rows(k, cond, path.x[n, k], none, none, g[n, k], none, g_s, path.x[n, k + 1], path.x[n, -1])
+
+
 @pytest.mark.parametrize("temporal", ["constant", "quad", "linear"])
 def test_exact_value_gradient_of_a_linear_flow_is_consistent(temporal):
     flow = LinearFlow()
@@ -513,28 +519,19 @@ def test_exact_value_gradient_of_a_linear_flow_is_consistent(temporal):
             rows.append(flow.values[j] - weight * flow.c.double())
         return torch.stack(rows).view_as(x).float()
 
-    x = torch.randn(3, 5, 2, 2, 2)
-    path = SimpleNamespace(x=x, cond={})
-    path.cond = SimpleNamespace(__getitem__=None)
-
-    class Rows:
-        def __getitem__(self, n):
-            return None
-
-    path.cond = Rows()
+    path = SimpleNamespace(x=torch.randn(3, 5, 2, 2, 2))
     g = flow.c.view(2, 2, 2).expand(3, 4, -1, -1, -1)  # grad of c . x0_hat at x0_hat
     n, k = (v.flatten() for v in torch.meshgrid(torch.arange(3), torch.arange(4), indexing="ij"))
-    chosen = torch.arange(4).expand(3, -1)
-    args = SimpleNamespace(cfg=1.0, value_terminal=1.0)
-    loss = fo.value_loss(flow, exact, grid, path, chosen, g, eta, n, k, 1e9, args)
-    wrong = fo.value_loss(
-        flow, lambda x, t: 1.1 * exact(x, t) + 0.1 * t.view(-1, 1, 1, 1), grid, path, chosen, g, eta, n, k, 1e9, args
-    )
+    args, t = SimpleNamespace(cfg=1.0, value_terminal=1.0), torch.tensor(times)
+    rows = value_rows(path, None, g, n, k)
+    loss = fo.value_loss(flow, exact, grid, rows, eta, t, 1e9, args)
+    off = lambda x, t: 1.1 * exact(x, t) + 0.1 * t.view(-1, 1, 1, 1)  # noqa: E731
+    wrong = fo.value_loss(flow, off, grid, rows, eta, t, 1e9, args)
     assert loss.shape == (12,) and (wrong[k < 3] > 1e-4).all()
     assert loss[k < 3].max() < 1e-7
     assert loss[k == 3].max() < 1e-7  # the end: eta = 1 and the gradient of the reward itself at x_0
     args.value_terminal, extra = 7.0, lambda x, t: exact(x, t) + 0.1 * (t == 0).view(-1, 1, 1, 1)
-    shifted = fo.value_loss(flow, extra, grid, path, chosen, g, eta, n, k, 1e9, args)
+    shifted = fo.value_loss(flow, extra, grid, rows, eta, t, 1e9, args)
     torch.testing.assert_close(shifted[k < 3], torch.full((9,), 0.07), rtol=1e-3, atol=1e-5)  # the terminal loss
 
 
@@ -542,15 +539,15 @@ def test_value_loss_reaches_the_value_network_alone(world):
     if world.kind == "eps":
         pytest.skip("a flow method")
     args = world.vary(value_terminal=3.0, cfg=2.0)
-    grid = common.make_grid(world.policy.pipe.scheduler, "flow", 4, "ode", 0.0)
+    grid = world.policy.grid(4, "ode", 0.0)
     eta, g = fo.temporal_weight("quad", grid, 0.9), world.guidance(guidance="current", jacobian=False)
     net = common.FieldNet(world.policy.latent_shape[0])
     torch.nn.init.normal_(net.last.weight, std=0.1)
     n, k = torch.tensor([0, 1, 2]), torch.tensor([0, 2, 1])
-    losses = []
+    rows, t, losses = value_rows(world.path, world.path.cond[n], g, n, k), torch.cat([grid.t, torch.zeros(1)]), []
     for detach in (False, True):  # --detach-uncond is for theta's gradient, not for the Jacobian of the field
         world.policy.detach_uncond = detach
-        losses.append(fo.value_loss(world.policy, net, grid, world.path, world.chosen, g, eta, n, k, 1e9, args))
+        losses.append(fo.value_loss(world.policy, net, grid, rows, eta, t.float(), 1e9, args))
     world.policy.detach_uncond = False
     losses[0].sum().backward()
     assert all(p.grad is None for p in world.params)
@@ -577,7 +574,7 @@ PATTERN = f"{__name__}:pattern"
 
 @pytest.fixture
 def no_pictures(monkeypatch):
-    monkeypatch.setattr(common, "finish", lambda *a: None)
+    monkeypatch.setattr(harness, "finish", lambda *a: None)
 
 
 def train(folder, name, *flags, reward=PATTERN):
@@ -602,8 +599,8 @@ class Spy:
     def __init__(self, monkeypatch):
         self.paths, self.g, self.chosen, self.updates, self.metrics, self.old = [], [], [], [], [], []
         self.replayed, draw = [], fo.Replay.draw
-        add_lora, rollout, guidance = common.add_lora, common.rollout, fo.guidance
-        step, end, start = common.Optimiser.step, common.Recorder.end_epoch, common.Recorder.__init__
+        add_lora, rollout, guidance = harness.add_lora, common.rollout, fo.guidance
+        step, end, start = common.Optimiser.step, harness.Recorder.end_epoch, harness.Recorder.__init__
 
         def spy_lora(policy, args):
             self.policy, self.args, self.params = policy, args, add_lora(policy, args)
@@ -620,8 +617,8 @@ class Spy:
             assert len(found) == 1  # one micro-batch
             return found
 
-        def spy_guidance(policy, gradient, grid, path, chosen, batch, args, *where):
-            g = guidance(policy, gradient, grid, path, chosen, batch, args, *where)
+        def spy_guidance(gradient, path, chosen, batch, *where):
+            g = guidance(gradient, path, chosen, batch, *where)
             self.texts = batch.texts
             self.g.append(g.clone()), self.chosen.append(chosen)
             return g
@@ -641,11 +638,11 @@ class Spy:
             self.metrics.append(found)
             return end(recorder, epoch, final, parts, found)
 
-        for owner, name, replacement in ((common, "add_lora", spy_lora), (common, "rollout", spy_rollout),
+        for owner, name, replacement in ((harness, "add_lora", spy_lora), (common, "rollout", spy_rollout),
                                          (fo, "guidance", spy_guidance), (fo.Replay, "draw", spy_draw),
-                                         (common.Recorder, "__init__", spy_start),
+                                         (harness.Recorder, "__init__", spy_start),
                                          (common.Optimiser, "step", spy_step),
-                                         (common.Recorder, "end_epoch", spy_end)):  # fmt: skip
+                                         (harness.Recorder, "end_epoch", spy_end)):  # fmt: skip
             monkeypatch.setattr(owner, name, replacement)
 
     def reference(self, x, row, cond):
@@ -695,7 +692,7 @@ def test_updates_are_those_of_the_formulas(tmp_path, monkeypatch, no_pictures, k
     for update, seen in enumerate(spy.updates):
         epoch, part = divmod(update, per)
         path, g, chosen = spy.paths[epoch], spy.g[epoch].double(), spy.chosen[epoch]
-        picks = common.shuffled_rows(args, common.Run(None, None, None, 0, 1), list(range(chosen.shape[1])), epoch, 0)
+        picks = common.shuffled_rows(range(2), 2, list(range(chosen.shape[1])), per, args.seed, epoch, 0)
         if part == 0:
             limit, log = 0.02, []
         if seen.phi:
@@ -857,18 +854,18 @@ def test_weight_of_the_start():
 # ---- SQDF's replay buffer -------------------------------------------------------------------------------------------
 def test_buffer_keeps_the_newest_transitions_and_draws_them_again(world):
     args = world.vary(gamma=0.5, replay_priority="uniform")
-    args.prompt_list = common.load_prompts("prompts/shapes_train.txt")
+    args.prompt_list = harness.load_prompts("prompts/shapes_train.txt")
     buffer, final = fo.Replay(9), torch.tensor([0.3, -0.2, 0.8])
     chosen = torch.tensor([[0, 3], [1, 2], [2, 2]])
     prompts = [args.prompt_list[j] for j in (7, 2, 5)]
     batch = common.Batch(prompts, range(4, 7), world.batch.cond, world.batch.noise)
-    buffer.add(world.grid, world.path, chosen, batch, final, args, world.run)
+    buffer.add(world.grid, world.path, chosen, batch, final, args)
     assert buffer.items["step"].tolist() == [0, 3, 1, 2, 2, 2]
     assert buffer.items["prompt"].tolist() == [7, 7, 2, 2, 5, 5]
     assert buffer.items["value"].tolist() == pytest.approx([0.3 / 8, 0.3, -0.2 / 4, -0.2 / 2, 0.8 / 2, 0.8 / 2])
     assert torch.equal(buffer.items["x_t"][2], world.path.x[1, 1])
     assert torch.equal(buffer.items["x_0"][4], world.path.x[2, 4])
-    buffer.add(world.grid, world.path, chosen, batch, final, args, world.run)
+    buffer.add(world.grid, world.path, chosen, batch, final, args)
     assert buffer.items["step"].tolist() == [2, 2, 2, 0, 3, 1, 2, 2, 2]  # of twelve the nine newest
     ((path, at, others),) = buffer.draw(world.policy, world.grid, batch, 5, 3, args)
     assert path.x.shape == (15, 5, *world.policy.latent_shape) and at.shape == (15, 1) and len(others.prompts) == 15
@@ -879,7 +876,7 @@ def test_buffer_keeps_the_newest_transitions_and_draws_them_again(world):
         assert i == buffer.items["step"][j] and others.prompts[m].id == buffer.items["prompt"][j]
         if i < 3:
             assert torch.equal(path.x[m, 4], buffer.items["x_0"][j])
-        time, row = world.grid.time(i, 1, "cpu"), world.exact[i]
+        time, row = world.grid.time(i, path.x[m : m + 1, i]), world.exact[i]
         o = world.policy.predict(path.x[m : m + 1, i], time, world.policy.encode([others.texts[m]]), args.cfg)
         torch.testing.assert_close(path.o_old[m : m + 1, i], o, rtol=1e-4, atol=1e-4)
         with world.policy.reference():
@@ -907,7 +904,7 @@ def test_priority_is_the_discounted_reward_above_the_smallest(world):
     prompts = [common.Prompt(j, p.text) for j, p in enumerate(world.batch.prompts)]
     args.prompt_list, buffer = prompts, fo.Replay(100)
     chosen, batch = torch.tensor([[3], [3], [3]]), common.Batch(prompts, range(3), world.batch.cond, world.batch.noise)
-    buffer.add(world.grid, world.path, chosen, batch, torch.tensor([-1.0, 0.0, 2.0]), args, world.run)
+    buffer.add(world.grid, world.path, chosen, batch, torch.tensor([-1.0, 0.0, 2.0]), args)
     found = buffer.draw(world.policy, world.grid, batch, 200, 0, args)
     drawn = [p.id for _, _, others in found for p in others.prompts]
     counts = torch.bincount(torch.tensor(drawn), minlength=3)
@@ -948,13 +945,17 @@ class Toy:
     """An exact network for data N(0.2, 0.5^2), plus a trainable field per step: every fixed point is known."""
 
     latent_shape, uncond, network_calls, decode_batch_size, detach_uncond = (3, 2, 2), None, 0, 64, False
+    device = torch.device("cpu")
     whole_gradient = common.Policy.whole_gradient
 
     def __init__(self, args, run):
         self.kind, self.args = args.kind, args
-        self.pipe, self.on = SimpleNamespace(scheduler=scheduler(args.kind)), True
+        self.on = True
         self.rows = steps_of(args.kind, scheduler(args.kind), args.steps)
         self.field = torch.nn.Parameter(torch.zeros(args.steps, *self.latent_shape))
+
+    def grid(self, steps, kernel, level):
+        return common.make_grid(scheduler(self.kind), self.kind, steps, kernel, level)
 
     def encode(self, prompts):
         return common.Cond(torch.zeros(1, 1, 1), None, torch.zeros(len(prompts), dtype=torch.long))
@@ -995,9 +996,9 @@ def test_every_method_raises_a_linear_reward_and_stops_where_its_regression_is_s
     tmp_path, monkeypatch, no_pictures, kind, flags, temporal
 ):
     toys = []
-    monkeypatch.setattr(common, "Policy", lambda args, run: toys.append(Toy(args, run)) or toys[0])
-    monkeypatch.setattr(common, "add_lora", lambda policy, args: [policy.field])
-    monkeypatch.setattr(common, "save", lambda *a: None)
+    monkeypatch.setattr(harness, "load_policy", lambda args, run: toys.append(Toy(args, run)) or toys[0])
+    monkeypatch.setattr(harness, "add_lora", lambda policy, args: [policy.field])
+    monkeypatch.setattr(harness, "save", lambda *a: None)
     rows = steps_of(kind, scheduler(kind), 4, 0.0 if VGG in flags else None)
     x = torch.zeros(1, *Toy.latent_shape, requires_grad=True)  # the reward is linear: one gradient for all
     c = torch.autograd.grad(leaning(Toy.decode(None, x), None, None).sum(), x)[0][0]
@@ -1015,10 +1016,10 @@ def test_every_method_raises_a_linear_reward_and_stops_where_its_regression_is_s
     assert (field[:3] - scale * wanted[:3]).abs().max() < 0.05  # of 0.5
     assert (field[3] == 0).all()  # not trained
     noise, cond = common.sample_noise(1, 0, range(16), 4, Toy.latent_shape, "cpu"), toys[0].encode([""] * 16)
-    grid = common.make_grid(toys[0].pipe.scheduler, kind, 4, "ode", 0.0)
+    grid = toys[0].grid(4, "ode", 0.0)
     with toys[0].reference():
-        before = common.rollout(toys[0], grid, cond, [], noise, 1.0, 16, desc="").x[:, -1]
-    after = common.rollout(toys[0], grid, cond, [], noise, 1.0, 16, desc="").x[:, -1]
+        before = common.rollout(toys[0], grid, cond, noise, 1.0, 16, desc="").x[:, -1]
+    after = common.rollout(toys[0], grid, cond, noise, 1.0, 16, desc="").x[:, -1]
     assert ((after - before) * c).flatten(1).sum(1).min() > 0.01
 
 
@@ -1144,8 +1145,8 @@ def test_two_processes_are_one(tmp_path, no_pictures):
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
     }
-    command = [sys.executable, "-c", "import common, first_order_rsm as f; common.finish = lambda *a: None; "
-               "common.run_main(f.main, f.parse_args, f.rewards.UsageError)", *flags, "--name", "two"]  # fmt: skip
+    command = [sys.executable, "-c", "import harness, first_order_rsm as f; harness.finish = lambda *a: None; "
+               "harness.run_main(f.main, f.parse_args, f.rewards.UsageError)", *flags, "--name", "two"]  # fmt: skip
     options = dict(cwd=ROOT, stderr=subprocess.PIPE, text=True)
     both = [subprocess.Popen(command, env=env | {"RANK": r, "LOCAL_RANK": r}, **options) for r in ("0", "1")]
     errors = [p.communicate(timeout=300)[1] for p in both]
@@ -1227,10 +1228,10 @@ WRONG = [
 @pytest.mark.parametrize("flags, word", WRONG)
 def test_bad_input_is_one_sentence_and_exit_2(flags, word, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(common.Policy, "__init__", lambda *a: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(harness, "load_policy", lambda *a: pytest.fail("a model was loaded"))
     monkeypatch.setattr(sys, "argv", ["first_order_rsm.py"])
     with pytest.raises(SystemExit) as stop:
-        common.run_main(fo.main, lambda: arguments(*flags.split(), "--runs", tmp_path), rewards.UsageError)
+        harness.run_main(fo.main, lambda: arguments(*flags.split(), "--runs", tmp_path), rewards.UsageError)
     message = capsys.readouterr().err.strip()
     assert stop.value.code == 2 and word in message and "\n" not in message and len(message) < 600
     assert message.startswith("first_order_rsm.py: error:") and not any(tmp_path.iterdir())
@@ -1265,7 +1266,7 @@ def test_presets(monkeypatch):
     for name in fo.PRESETS:
         seen = {}
         monkeypatch.setattr(
-            common, "print_sizes", lambda args, lines, seen=seen: seen.update(vars(args) | {"lines": lines})
+            harness, "print_sizes", lambda args, lines, seen=seen: seen.update(vars(args) | {"lines": lines})
         )
         with pytest.raises(SystemExit) as stop:
             fo.parse_args(["--preset", name, "--dry-run"])

@@ -199,7 +199,7 @@ def test_fair_clip_is_rsm_eq_24(scale):
 @pytest.mark.parametrize("trained, zeta", [(9, 3.970), (10, 5.705)])
 def test_zeta_on_sd35s_grid(trained, zeta):
     grid, steps = GRIDS["flow_sde"], list(range(trained))
-    w = grpo.pcpo_weights(grid, steps, "zeta", None)
+    w = common.pcpo_weights(grid, steps, "zeta", None)
     assert (w[steps] / -grid.dt[steps]).tolist() == pytest.approx([zeta] * trained, abs=5e-4)
     # by hand from the table: w = sqrt(dt)/g (1 + (1-t) g^2 / 2t)
     t, dt = grid.t[steps], grid.dt[steps]
@@ -214,10 +214,10 @@ def test_zeta_on_sd35s_grid(trained, zeta):
 def test_pcpo_weights_keep_the_sum_over_the_trained_steps(name, steps):
     grid, steps = GRIDS[name], list(steps)
     for kind in ("zeta", "loss-only"):
-        w = grpo.pcpo_weights(grid, steps, kind, None)
+        w = common.pcpo_weights(grid, steps, kind, None)
         assert w.dtype == F64 and w.shape == (grid.steps,) and (w[steps] < 0).all()  # signed as grid.w
         assert w[steps].abs().sum().item() == pytest.approx(grid.w[steps].abs().sum().item(), rel=1e-12)
-    shape = grpo.pcpo_weights(grid, steps, "zeta", None)[steps] / grid.dt[steps]
+    shape = common.pcpo_weights(grid, steps, "zeta", None)[steps] / grid.dt[steps]
     close(shape, shape[:1].expand(len(steps)))
 
 
@@ -231,22 +231,22 @@ def test_zeta_on_the_grid_of_the_public_code_and_pinned():
             self.sigmas, self.timesteps = sigmas, 1000 * sigmas[:-1]
 
     grid = common.make_grid(Plain(), "flow", 10, "flow_sde", 0.7)
-    w = grpo.pcpo_weights(grid, list(range(10)), "zeta", None)
+    w = common.pcpo_weights(grid, list(range(10)), "zeta", None)
     assert (-w / grid.dt)[0].item() == pytest.approx(4.297, abs=1e-3)
-    close(grpo.pcpo_weights(grid, [0, 1], "zeta", 4.3152), -4.3152 * grid.dt)
+    close(common.pcpo_weights(grid, [0, 1], "zeta", 4.3152), -4.3152 * grid.dt)
 
 
 def test_mean_sensitivity_of_sd15s_grid():
     grid = GRIDS["ddim"]
     for kind in ("public", "loss-only"):
-        w = grpo.pcpo_weights(grid, list(range(50)), kind, None)
+        w = common.pcpo_weights(grid, list(range(50)), kind, None)
         assert w.tolist() == pytest.approx([-0.516900] * 50, abs=1e-6)
 
 
 def test_pcpo_sampler():
     """sigma~ is the plus root: (c1 + c2) / sigma~ = W on every step; the true weight (c1 - c2) / sigma~ varies."""
     native = GRIDS["ddim"]
-    grid = grpo.pcpo_grid(native, 4.5)
+    grid = common.pcpo_grid(native, 4.5)
     c1 = grid.nu * grid.alpha_s / grid.alpha
     c2 = (grid.nu_s**2 - grid.sigma**2).sqrt()
     close((c1 + c2) / grid.sigma, torch.full((50,), 4.5, dtype=F64), 1e-9)
@@ -264,7 +264,7 @@ def test_pcpo_sampler():
 
 def test_pcpo_sampler_that_does_not_exist_is_refused():
     with pytest.raises(common.UsageError, match="--pcpo-w 0.5"):
-        grpo.pcpo_grid(sd15(5), 0.5)
+        common.pcpo_grid(sd15(5), 0.5)
 
 
 # ---- the window -----------------------------------------------------------------------------------------------------

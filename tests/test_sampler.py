@@ -280,12 +280,12 @@ def test_float32_mean_by_int_and_by_tensor_of_steps():
         x, o, _ = fresh(3, dtype=torch.float32)
         rows = torch.tensor([grid.steps - 1, 0, 4])
         mixed, guess = grid.mu(x, o, rows), grid.x0_hat(x, o, rows)
-        assert mixed.dtype == torch.float32 and grid.time(rows, 3, x.device).tolist() == grid.timestep[rows].tolist()
+        assert mixed.dtype == torch.float32 and grid.time(rows, x).tolist() == grid.timestep[rows].tolist()
         for n, i in enumerate(rows.tolist()):
             assert torch.equal(grid.mu(x, o, i)[n], mixed[n])
             assert torch.equal(grid.x0_hat(x, o, i)[n], guess[n])
             close(mixed[n], mean64(grid, i, x[n].double(), o[n].double()), 2e-5 if kind == "eps" else 1e-6)
-        assert grid.time(4, 3, x.device).tolist() == [float(grid.timestep[4])] * 3
+        assert grid.time(4, x).tolist() == [float(grid.timestep[4])] * 3
 
 
 # ---- golden numbers -------------------------------------------------------------------------------------------------

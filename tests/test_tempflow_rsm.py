@@ -26,6 +26,7 @@ from torch.distributions import Normal, kl_divergence
 
 import common
 import grpo
+import harness
 import rewards
 import tempflow_rsm as tempflow
 
@@ -39,7 +40,7 @@ MODEL = {"flow": "tiny-sd35", "eps": "tiny-sd15"}
 def from_one_copy_in_memory():
     """The pipelines are read once; the pictures at the end of a run, which take longer than the run, are left out."""
     patch, kept = pytest.MonkeyPatch(), {}
-    for name in common.PIPELINES:
+    for name in common.BACKBONES:
         cls = getattr(diffusers, name)
 
         def load(path, real=cls.from_pretrained, **options):
@@ -48,7 +49,7 @@ def from_one_copy_in_memory():
             return copy.deepcopy(kept[path])
 
         patch.setattr(cls, "from_pretrained", staticmethod(load))
-    patch.setattr(common, "finish", lambda *a: None)
+    patch.setattr(harness, "finish", lambda *a: None)
     patch.setattr(common, "export_lora", lambda *a: None)
     patch.chdir(ROOT)
     yield
@@ -259,8 +260,9 @@ def test_every_zeroth_order_row_is_eq_10_in_scores(method, grid):
     """G25 as E.5 has it: C1 = beta b^2 / 2 sigma^2, Psi = sigma A z / (beta b), sum reduction.  "pcpo" is the flow's
     zeta dt or SD1.5's constant for w; on the grid "pcpo" the other rows are E.5's 'with sigma~, b~' (gamma 1)."""
     native, k = (sd35_grid() if grid == "flow" else sd15_grid()), KERNELS[grid]
-    ours = tempflow.pcpo_grid(native, 4.5) if grid == "pcpo" else native
-    table = -tempflow.pcpo_weights(native, list(range(9 if grid == "flow" else 50)))
+    ours = common.pcpo_grid(native, 4.5) if grid == "pcpo" else native
+    flow = grid == "flow"
+    table = -common.pcpo_weights(native, list(range(9 if flow else 50)), "zeta" if flow else "public")
     close(table, pcpo_w(k), 1e-9)
     rows, beta = 80, 0.3
     draw = lambda *shape: torch.randn(shape, dtype=F64)  # noqa: E731
@@ -354,18 +356,18 @@ def sd35_grid(steps=10):
 
 def test_pcpo_weights_and_sampler():
     flow, vp = sd35_grid(), sd15_grid()
-    w = tempflow.pcpo_weights(flow, list(range(9)))
+    w = common.pcpo_weights(flow, list(range(9)), "zeta")
     assert (w / -flow.dt).tolist() == pytest.approx([3.970] * 10, abs=5e-4)  # zeta over 9 steps
     assert -w[:9].sum().item() == pytest.approx(-flow.w[:9].sum().item(), rel=1e-9)  # G24
-    assert tempflow.pcpo_weights(vp, list(range(50))).tolist() == pytest.approx([-0.516900] * 50, abs=1e-6)
-    pcpo, k = tempflow.pcpo_grid(vp, 4.5), KERNELS["pcpo"]
+    assert common.pcpo_weights(vp, list(range(50)), "public").tolist() == pytest.approx([-0.516900] * 50, abs=1e-6)
+    pcpo, k = common.pcpo_grid(vp, 4.5), KERNELS["pcpo"]
     close(pcpo.sigma, k.sigma, 1e-7), close(pcpo.o_coef, k.bk, 1e-7)
     c1, c2 = vp.nu * vp.alpha_s / vp.alpha, (vp.nu_s**2 - pcpo.sigma**2).sqrt()
     close((c1 + c2) / pcpo.sigma, torch.full((50,), 4.5), 1e-9)
     x, e = torch.randn(2, 3, 4, 4, dtype=F64), torch.randn(2, 3, 4, 4, dtype=F64)
     close(pcpo.x_coef[7] * x + pcpo.o_coef[7] * e, k.mean(x, e, 7), 1e-6)
     with pytest.raises(common.UsageError, match="--pcpo-w 4.5"):
-        tempflow.pcpo_grid(sd15_grid(10), 4.5)
+        common.pcpo_grid(sd15_grid(10), 4.5)
 
 
 # ---- profiles -------------------------------------------------------------------------------------------------------
@@ -448,7 +450,7 @@ def test_widths_are_known_before_any_weight_is_read(tmp_path, monkeypatch, capsy
     flags = "--preset tiny --model sd3.5-medium --profile lowsnr"
     lines = dry_run(flags, capsys)
     assert "when it is loaded" in lines["children"] and "training rows per epoch" not in lines
-    repo = tmp_path / f"models--{common.MODELS['sd3.5-medium'][0].replace('/', '--')}"
+    repo = tmp_path / f"models--{harness.MODELS['sd3.5-medium'][0].replace('/', '--')}"
     (repo / "snapshots" / "abc" / "scheduler").mkdir(parents=True)
     (repo / "refs").mkdir()
     (repo / "refs" / "main").write_text("abc")
@@ -461,7 +463,7 @@ def test_widths_are_known_before_any_weight_is_read(tmp_path, monkeypatch, capsy
 
 def test_a_profile_that_is_known_late_is_checked_before_training(tmp_path, monkeypatch):
     monkeypatch.setattr(tempflow, "find_scheduler", lambda args: None)
-    monkeypatch.setattr(common, "epoch_batch", lambda *a: pytest.fail("a rollout began"))
+    monkeypatch.setattr(harness, "epoch_batch", lambda *a: pytest.fail("a rollout began"))
     args = parse("--profile equalvar --updates-per-epoch 7 --runs", tmp_path)
     assert args.widths is None
     with pytest.raises(common.UsageError, match="--updates-per-epoch 7 is more than the 6 states"):
@@ -507,7 +509,7 @@ def test_presets_have_the_papers_sizes(preset, capsys):
         f"--preset {preset} --prompts prompts/hpdv2_photo.txt --eval-prompts prompts/hpdv2_test400.txt", capsys
     )
     assert lines["model"].split()[0] == model
-    count = int(lines["images per epoch"].split()[0])
+    count = int(lines["samples per epoch"].split()[0])
     assert images in (None, count)
     assert int(lines["training rows per epoch"]) == count * rows
     cfg = 1 if preset.startswith("tiny") else 2
@@ -516,12 +518,12 @@ def test_presets_have_the_papers_sizes(preset, capsys):
 
 
 def test_sd15_presets_are_sd15(capsys, monkeypatch):
-    monkeypatch.setattr(common, "check_model", lambda args: None)  # the weights need not be here
+    monkeypatch.setattr(harness, "check_model", lambda args: None)  # the weights need not be here
     monkeypatch.setattr(rewards, "check_args", lambda args: None)
     for preset, images in (("pcpo-sd15-hpsv2", "128 = 8 prompts x 16"), ("rsm-sd15-hpsv2", "40 = 8 prompts x 5")):
         lines = dry_run(f"--preset {preset}", capsys)  # their prompts are in the repository
         assert lines["model"].startswith("sd15 ") and "kernel ddim, noise level 1.0" in lines["model"]
-        assert lines["steps"].startswith("50, of which 50") and images in lines["images per epoch"]
+        assert lines["steps"].startswith("50, of which 50") and images in lines["samples per epoch"]
         args = tempflow.parse_args(["--preset", preset])
         assert (
             args.cfg == 5.0
@@ -604,7 +606,7 @@ WRONG = [
 
 @pytest.mark.parametrize("flags, word", WRONG)
 def test_bad_input_is_one_sentence_before_any_model_is_loaded(flags, word, capsys, monkeypatch):
-    monkeypatch.setattr(common, "setup", lambda *a: pytest.fail("the run began"))
+    monkeypatch.setattr(harness, "setup", lambda *a: pytest.fail("the run began"))
     with pytest.raises(SystemExit) as stop:
         tempflow.main(parse(flags))
     lines = capsys.readouterr().err.strip().splitlines()
@@ -717,7 +719,7 @@ def test_the_trunk_is_plain_ode_sampling_and_children_go_as_one_batch(kind):
     args = parse("--model", MODEL[kind], "--steps 6 --micro-batch-size 999 --profile 2,3,0,0,2 --kl none")
     levels, _ = tempflow.trunk_rollout(toy, toy.sde, toy.ode, batch, widths, args, 0, bar())
     calls, toy.calls = toy.calls, []
-    path = common.rollout(toy, toy.ode, batch.cond, batch.prompts, batch.noise, 1.0, 999, desc="")
+    path = common.rollout(toy, toy.ode, batch.cond, batch.noise, 1.0, 999, desc="")
     for i, level in levels.items():
         assert torch.equal(level.x_t, path.x[:, i]) and level.o_ref is None
     expected = [(4, i, False) for i in range(5)]  # the trunk, to the last step with children
@@ -736,7 +738,7 @@ def test_a_tree_without_splits_is_an_sde_trajectory(kind, monkeypatch):
     args = parse("--model", MODEL[kind], "--steps 5 --branching tree --tree-splits= --grouping prompt --group-size 3")
     monkeypatch.setattr(tempflow, "branch_noise", lambda a, e, i, *rest: batch.noise[:, i + 1, None])
     levels, ends = tempflow.tree_rollout(toy, toy.sde, toy.ode, batch, args.widths, args, 0, bar())
-    path = common.rollout(toy, toy.sde, batch.cond, batch.prompts, batch.noise, 1.0, 99, desc="")
+    path = common.rollout(toy, toy.sde, batch.cond, batch.noise, 1.0, 99, desc="")
     assert list(levels) == list(range(args.train_steps)) and args.train_steps == (4 if kind == "flow" else 5)
     for i, level in levels.items():
         close(level.x_t, path.x[:, i], 1e-6), close(level.o_old, path.o_old[:, i], 1e-6)
@@ -922,7 +924,7 @@ class Tape:
 
     def patch(self, patch, spread, fixed_reward):
         tape, predict, reference, step = self, common.Policy.predict, common.Policy.reference, common.Optimiser.step
-        add_lora, score = common.add_lora, rewards.Reward.__call__
+        add_lora, score = harness.add_lora, rewards.Reward.__call__
 
         def taped_predict(policy, x, t, cond, cfg):
             o = predict(policy, x, t, cond, cfg)
@@ -978,7 +980,7 @@ class Tape:
         patch.setattr(common.Policy, "predict", taped_predict)
         patch.setattr(common.Policy, "reference", taped_reference)
         patch.setattr(common.Optimiser, "step", taped_step)
-        patch.setattr(common, "add_lora", moved_lora)
+        patch.setattr(harness, "add_lora", moved_lora)
         patch.setattr(rewards.Reward, "__call__", taped_score)
         patch.setattr(tempflow, "trunk_rollout", keep(tempflow.trunk_rollout))
         patch.setattr(tempflow, "tree_rollout", keep(tempflow.tree_rollout))
@@ -1198,18 +1200,18 @@ def test_anchors_are_on_steps_without_children_and_never_the_last():
 
 def test_anchor_subset():
     args = parse("--num-prompts 4 --group-size 5 --profile 2,3 --anchor-beta 1 --anchor-max-ratio 0.1")
-    run, rows = SimpleNamespace(rank=0, world=1), 5
+    rows = 5
     for ratio, size in ((0.1, 10), (0.05, 5), (0.0, 0), (9.0, 60)):
         args.anchor_max_ratio = ratio
-        kept = tempflow.kept_anchors(args, run, 0, [2, 3, 4], rows)
+        kept = tempflow.kept_anchors(args, 0, [2, 3, 4], rows)
         assert len(kept) == size and kept <= {(n, i) for n in range(20) for i in (2, 3, 4)}
     args.anchor_max_ratio = 0.2
-    sets = [tempflow.kept_anchors(args, run, epoch, [2, 3, 4], rows) for epoch in (0, 0, 1, 2)]
+    sets = [tempflow.kept_anchors(args, epoch, [2, 3, 4], rows) for epoch in (0, 0, 1, 2)]
     assert sets[0] == sets[1] and sets[0] != sets[2] != sets[3]
     args.seed = 1
-    assert tempflow.kept_anchors(args, run, 0, [2, 3, 4], rows) != sets[0]
+    assert tempflow.kept_anchors(args, 0, [2, 3, 4], rows) != sets[0]
     args.anchor_max_ratio = None
-    assert tempflow.kept_anchors(args, run, 0, [2, 3, 4], rows) is None
+    assert tempflow.kept_anchors(args, 0, [2, 3, 4], rows) is None
 
 
 def test_anchor_subset_in_a_run(tape):
@@ -1220,7 +1222,7 @@ def test_anchor_subset_in_a_run(tape):
 
 def test_without_kl_only_the_kept_anchors_meet_the_reference(tape):
     run = tape("sd15 redesign")
-    kept = tempflow.kept_anchors(run.args, None, 0, [1, 2], 5)
+    kept = tempflow.kept_anchors(run.args, 0, [1, 2], 5)
     for i, level in run.levels.items():
         if i in (0, 3):
             assert level.o_ref is None and len(level.x_t) == 6
@@ -1235,10 +1237,10 @@ def test_without_kl_only_the_kept_anchors_meet_the_reference(tape):
 
 def test_an_update_of_dropped_anchors_only_is_no_update(folder):
     flags = "--profile 2 --anchor-beta 0.1 --anchor-max-ratio 0 --updates-per-epoch 2 --name none"
-    run = SimpleNamespace(rank=0, world=1)
+    batch = SimpleNamespace(indices=range(2))
     for seed in range(99):
         args = parse(flags, "--seed", seed)
-        if sum((part[:, 1] == 0).any() for part in common.epoch_updates(args, run, [0, 1, 2], 0)) == 1:
+        if sum((part[:, 1] == 0).any() for part in harness.epoch_updates(args, batch, [0, 1, 2], 0)) == 1:
             break
     run = Tape(f"{flags} --seed {seed}", folder, "none")
     assert len(run.updates) == 1 and run.metrics["grad/norm"] > 0

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import common
+import harness
 import rewards
 import vmpo
 
@@ -124,7 +125,7 @@ def test_two_processes_give_the_metrics_of_one(tmp_path):
     ]
     flags += ["--objective", "mc", "--num-prompts", "4"]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29611"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
     for name, command in (("one", [sys.executable]), ("two", launch)):
         done = subprocess.run(
             [*command, str(ROOT / "vmpo.py"), *flags, "--name", name],
@@ -164,7 +165,8 @@ def count(monkeypatch, tmp_path, name, *flags):
     seen = {"reward": 0, "decode": 0}
     policies = []
     real_init, real_decode, real_call = common.Policy.__init__, common.Policy.decode, rewards.Reward.__call__
-    monkeypatch.setattr(common.Policy, "__init__", lambda self, *a: (policies.append(self), real_init(self, *a))[1])
+    kept = lambda self, *a: (policies.append(self), real_init(self, *a))[1]  # noqa: E731
+    monkeypatch.setattr(common.Policy, "__init__", kept)
     monkeypatch.setattr(
         common.Policy, "decode", lambda self, x: (seen.update(decode=seen["decode"] + 1), real_decode(self, x))[1]
     )
@@ -173,7 +175,7 @@ def count(monkeypatch, tmp_path, name, *flags):
         "__call__",
         lambda self, *a, **k: (seen.update(reward=seen["reward"] + 1), real_call(self, *a, **k))[1],
     )
-    monkeypatch.setattr(common, "finish", lambda *a: None)
+    monkeypatch.setattr(harness, "finish", lambda *a: None)
     train(tmp_path, name, "--eval-images", 0, *flags)
     monkeypatch.undo()
     return policies[0].network_calls, seen["decode"], seen["reward"]
@@ -207,13 +209,12 @@ def test_exported_lora_draws_the_trainers_images_in_plain_diffusers(tmp_path, mo
         str(tmp_path),
     ]
     args = vmpo.parse_args([*argv, "--steps", "4", "--name", "run"])
-    run = common.setup(args, "vmpo")
-    policy = common.Policy(args, run)
-    base, prompts = common.draw(policy, args, run, range(4))
-    params = common.add_lora(policy, args)
+    policy = harness.load_policy(args, harness.setup(args, "vmpo"))
+    base, prompts = harness.draw(policy, args, range(4))
+    params = harness.add_lora(policy, args)
     for p in params:
-        p.data = 0.3 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel()))
-    images, _ = common.draw(policy, args, run, range(4))
+        p.data = 0.25 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel()))
+    images, _ = harness.draw(policy, args, range(4))
     assert (images - base).abs().max() > 0.05
     common.export_lora(policy, tmp_path / "export")
     cls = diffusers.StableDiffusionPipeline if model == "tiny-sd15" else diffusers.StableDiffusion3Pipeline

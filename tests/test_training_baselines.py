@@ -21,6 +21,7 @@ from torch.distributions import Normal
 import awm
 import common
 import grpo
+import harness
 import vmpo
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -31,7 +32,7 @@ BOTH = pytest.mark.parametrize("script", [grpo, awm], ids=["grpo", "awm"])
 
 @pytest.fixture(autouse=True)
 def no_pictures(monkeypatch):
-    monkeypatch.setattr(common, "finish", lambda *a: None)  # pictures and summary: test_training.py
+    monkeypatch.setattr(harness, "finish", lambda *a: None)  # pictures and summary: test_training.py
 
 
 def arguments(script, folder, name, *flags):
@@ -87,9 +88,9 @@ class Spy:
         self.updates, self.old, self.images, self.paths, self.finals, self.metrics = [], [], [], [], [], []
         self.calls, self.phase, self.frozen = [], "update", False
         patch = monkeypatch.setattr
-        add_lora, rollout, sample = common.add_lora, common.rollout, awm.sample
+        add_lora, rollout, sample = harness.add_lora, common.rollout, awm.sample
         step, end, predict, reference = (
-            common.Optimiser.step, common.Recorder.end_epoch, common.Policy.predict, common.Policy.reference,
+            common.Optimiser.step, harness.Recorder.end_epoch, common.Policy.predict, common.Policy.reference,
         )  # fmt: skip
 
         def spy_add_lora(policy, args):
@@ -132,11 +133,11 @@ class Spy:
             self.frozen = False
 
         (
-            patch(common, "add_lora", spy_add_lora),
+            patch(harness, "add_lora", spy_add_lora),
             patch(common, "rollout", spy_rollout),
             patch(awm, "sample", spy_sample),
         )
-        patch(common.Optimiser, "step", spy_step), patch(common.Recorder, "end_epoch", spy_end)
+        patch(common.Optimiser, "step", spy_step), patch(harness.Recorder, "end_epoch", spy_end)
         patch(common.Policy, "predict", spy_predict), patch(common.Policy, "reference", spy_reference)
         self.undo = monkeypatch.undo
 
@@ -292,7 +293,8 @@ class Oracle:
         """The update's objective as a function of theta, and the means that the log should show."""
         args, weights = self.args, self.spy.updates[update][0]
         inner, part = divmod(update - self.epoch * args.updates_per_epoch * args.inner_epochs, args.updates_per_epoch)
-        rows = common.shuffled_rows(args, common.Run(None, None, None, 0, 1), trained, self.epoch, inner)[part]
+        samples, key = args.num_prompts * args.group_size, (args.seed, self.epoch, inner)
+        rows = common.shuffled_rows(range(samples), samples, trained, args.updates_per_epoch, *key)[part]
         adv, total, seen = self.advantages(trained), 0.0, Counter()
         with torch.no_grad():
             fixed = {i: (self.output(self.old, i), self.output(None, i)) for i in trained}
@@ -441,7 +443,8 @@ class AwmOracle:
         args, weights = self.args, self.spy.updates[update][0]
         per_epoch = args.updates_per_epoch * args.inner_epochs
         inner, part = divmod(update - self.epoch * per_epoch, args.updates_per_epoch)
-        n = common.shuffled_rows(args, common.Run(None, None, None, 0, 1), [0], self.epoch, inner)[part][:, 0]
+        samples, key = args.num_prompts * args.group_size, (args.seed, self.epoch, inner)
+        n = common.shuffled_rows(range(samples), samples, [0], args.updates_per_epoch, *key)[part][:, 0]
         adv, _ = advantages(self.spy.finals[self.epoch].double(), args.adv_norm, args.group_size, args.adv_clip)
         a, t = adv[n] / args.adv_scale, self.t[n]
         with torch.no_grad():
@@ -626,8 +629,8 @@ def test_micro_batch_size_changes_nothing_else(tmp_path, monkeypatch, script, mo
 
 
 TWICE = """
-import common, grpo, awm
-common.finish = lambda *a: None
+import harness, grpo, awm
+harness.finish = lambda *a: None
 for script, flags in {runs!r}:
     script = dict(grpo=grpo, awm=awm)[script]
     script.main(script.parse_args(flags))

@@ -1,0 +1,1046 @@
+"""The run side of the five trainers: what no paper mentions.  Flags and their checks, presets, run folder, processes,
+log, held-out evaluation, pictures, checkpoints, resume.  Nothing here knows a method.
+
+A trainer's main() is: setup(), load_policy(), add_lora(), make_optimiser(), Recorder(...), and between
+recorder.epochs() and recorder.end_epoch() the paper's algorithm.
+"""
+
+import argparse
+import csv
+import json
+import math
+import os
+import platform
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+import common
+from common import UsageError, all_reduce, gather
+
+HERE = Path(__file__).resolve().parent
+MODELS = {  # name: folder or hub id, pipeline, latent channels, pixels per latent, papers' resolution, parameters (M)
+    "sd15": ("stable-diffusion-v1-5/stable-diffusion-v1-5", "StableDiffusionPipeline", 4, 8, 512, 860),
+    "sd3.5-medium": ("stabilityai/stable-diffusion-3.5-medium", "StableDiffusion3Pipeline", 16, 8, 512, 2243),
+    "tiny-sd15": (str(HERE / "tiny" / "sd15"), "StableDiffusionPipeline", 4, 4, 32, 1.1),
+    "tiny-sd35": (str(HERE / "tiny" / "sd35"), "StableDiffusion3Pipeline", 4, 4, 32, 1.3),
+}
+NOISE_LEVEL = {"ddim": 1.0, "flow_sde": 0.7, "dance": 0.3, "cps": 0.8, "ancestral": 1.0, "ode": 0.0}
+TINY = dict(  # the embedded models' experiment, in every script: coloured shapes, 64 images an epoch, one update
+    prompts="prompts/shapes_train.txt", eval_prompts="prompts/shapes_heldout.txt",
+    reward="shapes", eval_rewards="shapes-strict", eval_images=256,
+    max_sequence_length=10, steps=10, eval_steps=None, cfg=1.0, num_prompts=8, group_size=8,
+    updates_per_epoch=1, ema_decay=0.9, ema_every=1, lora_rank=16, lora_alpha=16, lora_targets="attention+mlp",
+    micro_batch_size=64, decode_batch_size=64, reward_batch_size=256,
+)  # fmt: skip
+# flags that may change when a run is resumed: none of them enters the mathematics
+RESUMABLE = {
+    "resume", "epochs", "micro_batch_size", "reward_batch_size", "decode_batch_size", "sample_every", "save_every",
+    "eval_every", "device", "wandb", "dry_run", "gradient_checkpointing", "offload_text_encoders", "runs", "preset",
+}  # fmt: skip
+DERIVED = {  # what parse() adds to the flags: not part of args.json
+    "prompt_list", "eval_prompt_list", "backbone", "argv", "changed", "run_dir", "made_dir", "resume", "dry_run",
+    "paths", "eval_paths",
+}  # fmt: skip
+
+
+def need(condition, what: str, advice: str = "") -> None:
+    """Unless the condition holds, the program ends with "what; advice" and exit code 2."""
+    if not condition:
+        raise UsageError(what + (f"; {advice}" if advice else ""))
+
+
+# ---- flags -------------------------------------------------------------------
+class _Help(argparse.HelpFormatter):
+    """Every flag shows its default, and a '%' in a help text is just that."""
+
+    def _get_help_string(self, action):
+        text = (action.help or "").replace("%", "%%")
+        plain = action.default is None or action.default in ("", []) or action.dest in ("help", "dry_run")
+        return text if plain else text + " [%(default)s]"
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {message}\n")  # one sentence, without the usage
+
+
+def make_parser(doc: str, method: str) -> argparse.ArgumentParser:
+    """The parser of METHOD.py, whose help begins with the first line of its docstring."""
+    title = doc.strip().split("\n")[0]
+    parser = _Parser(f"{method}.py", "%(prog)s [flags]", title, formatter_class=lambda prog: _Help(prog, width=110))
+    parser.limits = {}  # flag: what its number may be, see flags()
+    return parser
+
+
+def flags(parser, group: str):
+    """The function that adds one flag to this group: name, default, what it may be, what it means.
+
+    What it may be: a list of choices, "text", "yes/no" (also --no-...), "switch", or "int" / "float" and a limit, as
+    in "int >= 1", "float > 0", "float in [0, 1)", "float finite".  Without a limit the script checks it itself.
+    """
+    section = parser.add_argument_group(group)
+
+    def flag(name: str, default, kind, help: str, **more) -> None:
+        word, _, limit = kind.partition(" ") if isinstance(kind, str) else ("choice", "", "")
+        actions = {"yes/no": argparse.BooleanOptionalAction, "switch": "store_true"}
+        if word == "choice":
+            more["choices"] = list(kind)
+        elif word in actions:
+            more["action"] = actions[word]
+        elif word != "text":
+            more["type"] = {"int": int, "float": float}[word]
+        action = section.add_argument(name, default=default, help=help, **more)
+        if limit:
+            parser.limits[action.dest] = limit
+
+    return flag
+
+
+def limit_problem(limit: str, value: float) -> str:
+    """What is wrong with a number, or ""."""
+    if not math.isfinite(value):
+        return "" if "inf" in limit and value > 0 else "is not a number one can use; give a finite one"
+    if limit.startswith(">="):
+        least = int(limit.split()[1])
+        return "" if value >= least else f"is too small{' (negative)' * (least == 0)}; use {least} or more"
+    if limit.startswith(">"):
+        return "" if value > 0 else "must be above 0"
+    low, high = (float(x.strip("in[]() ")) for x in limit.split(",")) if "," in limit else (-math.inf, math.inf)
+    inside = low <= value <= high and (value > low or "[" in limit) and (value < high or "]" in limit)
+    return "" if inside or low == -math.inf else f"must lie {limit}"
+
+
+def check_limits(parser, args) -> None:
+    """Every number within its limits: flags, presets and resumed runs alike."""
+    for name, limit in parser.limits.items():
+        value = getattr(args, name)
+        for number in value if isinstance(value, list) else [] if value is None else [value]:
+            problem = limit_problem(limit, number)
+            need(not problem, f"--{name.replace('_', '-')} {number} {problem}")
+
+
+def add_args(parser) -> None:
+    """The flag groups that all five trainers share; a method's own group is in its script."""
+    flag = flags(parser, "reward")
+    flag("--reward", "hpsv2", "text", "r: name, weighted sum 'a=1,b=0.5', or 'module:function' of your own")
+    flag("--reward-path", [], "text", "local weights of the rewards' models", nargs="*", metavar="[NAME=]PATH")
+    flag("--eval-rewards", "", "text", "reported in evaluations, not trained on: names with commas (VMPO, Table 1)")
+    flag("--reward-batch-size", 16, "int >= 1", "images per reward call; changes memory and speed only")
+    flag("--prompts", "prompts/hpdv2_photo.txt,prompts/hpdv2_paintings.txt", "text",
+         "training prompts c: .txt (one a line) or .jsonl files, comma-separated (VMPO: HPDv2, App. D)")  # fmt: skip
+    flag("--eval-prompts", "", "text", "held-out prompts of the evaluation; default: the training prompts")
+
+    flag = flags(parser, "sampling")
+    flag("--num-prompts", 128, "int >= 1", "P: prompts per epoch, over all GPUs (VMPO: 128 trajectories, App. D)")
+    flag("--group-size", 1, "int >= 1", "K: images per prompt (VMPO Eq. 5; the amortised mean needs only 1)")
+    flag("--steps", 50, "int", "T: sampler steps (VMPO: 50 for SD1.5, 10 for SD3.5, App. D)")
+    flag("--kernel", "auto", ["auto", *NOISE_LEVEL], "transition kernel; auto = ddim for SD1.5, flow_sde for SD3.5")
+    flag("--noise-level", None, "float", "eta of ddim (DDPO: 1), level of flow_sde (0.7), dance (0.3), cps (0.8)")
+    flag("--cfg", 5.0, "float finite", "guidance in rollout and training (VMPO: 5 SD1.5, 4.5 SD3.5, App. D); 1 = off")
+    flag("--shared-noise", False, "yes/no", "the K images of a prompt start from the same x_T (DanceGRPO)")
+    flag("--detach-uncond", False, "yes/no", "no gradient through the unconditional branch (VGG-Flow)")
+    flag("--train-fraction", None, "float", "leading part of the T steps that is trained; default 1 SD1.5, 0.99 SD3.5")
+    flag("--resolution", None, "int >= 1", "pixels per side (papers: 512, the default); other models: their own")
+    flag("--max-sequence-length", 256, "int >= 1", "length of SD3.5's T5 part of the text (Flow-GRPO: 128)")
+
+    flag = flags(parser, "optimisation")
+    flag("--epochs", 150, "int >= 1", "rollout-update rounds (VMPO: 150, App. D)")
+    flag("--updates-per-epoch", 2, "int >= 1", "optimiser steps per rollout (VMPO: 2, App. D)")
+    flag("--inner-epochs", 1, "int >= 1", "passes over one rollout (all papers: 1)")
+    flag("--lr", 3e-4, "float > 0", "learning rate of theta (VMPO, Flow-GRPO: 3e-4)")
+    flag("--adam-beta1", 0.9, "float in [0, 1)", "AdamW (DDPO: 0.9)")
+    flag("--adam-beta2", 0.999, "float in [0, 1)", "AdamW (DDPO: 0.999)")
+    flag("--adam-eps", 1e-8, "float > 0", "AdamW (DDPO: 1e-8)")
+    flag("--weight-decay", 1e-4, "float >= 0", "AdamW (DDPO: 1e-4)")
+    flag("--max-grad-norm", 1.0, "float > 0 or inf", "gradient norm clipped at (VMPO: 1, App. D)")
+    flag("--logprob-reduce", "mean", ["mean", "sum"], "over a latent's scalars: mean (public code) or sum (density)")
+    flag("--ema-decay", 0.0, "float in [0, 1)", "decay of the averaged, exported LoRA (Flow-GRPO: 0.9); 0 = off")
+    flag("--ema-every", 8, "int >= 1", "optimiser steps between two averagings (Flow-GRPO: 8)")
+    flag("--max-bad-steps", 5, "int >= 0", "updates with a NaN or infinite gradient, skipped before the run stops")
+    flag("--ratio-tolerance", None, "float > 0 or inf",
+         "largest |log ratio| right after a rollout; default 1e-4, in half precision 1e-2")  # fmt: skip
+
+    flag = flags(parser, "model")
+    flag("--model", "sd15", "text", f"{', '.join(MODELS)}, a hub id or a folder in diffusers format")
+    flag("--lora-rank", 4, "int >= 1", "r (VMPO: 4 for SD1.5, 32 for SD3.5, App. D)")
+    flag("--lora-alpha", 4, "float > 0", "alpha (VMPO: 4 for SD1.5, 64 for SD3.5, App. D)")
+    flag("--lora-targets", "attention", "text", "attention (papers), attention+mlp, or endings of layer names")
+    flag("--dtype", "auto", ["auto", "float32", "bfloat16", "float16"], "of the base; LoRA and losses are float32")
+    flag("--t5", True, "yes/no", "load SD3.5's T5 text encoder (9.5 GB in bf16)")
+
+    flag = flags(parser, "performance")
+    flag("--micro-batch-size", 8, "int >= 1", "samples per forward pass; changes memory and speed only")
+    flag("--decode-batch-size", 8, "int >= 1", "latents per VAE decode")
+    flag("--gradient-checkpointing", False, "yes/no", "recompute activations: less memory, about a third slower")
+    flag("--offload-text-encoders", False, "yes/no", "keep the text encoders on the CPU except while encoding")
+    flag("--device", "auto", "text", "auto, cpu, cuda, cuda:N")
+
+    flag = flags(parser, "run")
+    flag("--preset", "", "text", "a paper's experiment: see the top of the script; explicit flags win")
+    flag("--seed", 0, "int", "of everything that is random")
+    flag("--runs", "runs", "text", "folder in which the run folder is made")
+    flag("--name", "", "text", "name of the run folder; default METHOD_REWARD_sSEED_TIME")
+    flag("--resume", "", "text", "go on with this run from its last checkpoint, with its own flags", metavar="RUN")
+    flag("--eval-images", 64, "int >= 0", "held-out images, same noise every time, of every evaluation; 0 = none")
+    flag("--eval-steps", None, "int >= 1", "sampler steps of evaluations (Flow-GRPO: 40 for SD3.5); default --steps")
+    flag("--eval-kernel", "ode", ["ode", "same"], "ode = deterministic, what users run (Flow-GRPO); same = --kernel")
+    flag("--eval-every", 0, "int >= 0", "epochs between evaluations; 0 = before and after only")
+    flag("--sample-every", 10, "int >= 0", "epochs between sample grids; 0 = none")
+    flag("--save-every", 10, "int >= 0", "epochs between checkpoints (the last epoch is always saved)")
+    flag("--wandb", None, "text", "log to this Weights & Biases project too (package and account)", metavar="PROJECT")
+    flag("--dry-run", False, "switch", "print the derived sizes and exit")
+
+
+def parse(parser, presets: dict[str, dict], argv, rewards, check, sizes) -> argparse.Namespace:
+    """Defaults < --preset < explicit flags; a resumed run takes its own flags.  Ends the program on bad input.
+
+    `check(args)` raises UsageError for what only this method knows, `sizes(args)` are its lines of --dry-run, and
+    `rewards` is the module of that name, whose checks come after the cheap ones.
+    """
+    defaults = vars(parser.parse_args([]))
+    unset = object()
+    given = vars(parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(defaults, unset))))
+    explicit = {k: v for k, v in given.items() if v is not unset}
+    name = explicit.get("preset", defaults["preset"])
+    if name and name not in presets:
+        parser.error(f"--preset {name} is unknown; this script has {', '.join(presets)}")
+    preset = presets.get(name, {})
+    if unknown := set(preset) - set(defaults):
+        raise AssertionError(f"preset {name} names flags that do not exist: {unknown}")
+    args = argparse.Namespace(**(defaults | preset | explicit))
+    args.argv = list(sys.argv[1:] if argv is None else argv)
+    args.changed = {k: [preset[k], v] for k, v in explicit.items() if k in preset and preset[k] != v}
+    try:
+        if args.resume:
+            args = resumed_args(parser.prog.removesuffix(".py"), args, explicit)
+        check_limits(parser, args)
+        check_args(args)
+        check(args)
+        if args.dry_run:
+            print_sizes(args, sizes(args))
+            raise SystemExit(0)
+        rewards.check_args(args)
+        check_model(args)
+    except (UsageError, rewards.UsageError) as problem:
+        parser.error(str(problem))
+    return args
+
+
+def resumed_args(method: str, args, explicit: dict) -> argparse.Namespace:
+    """The flags of the run in --resume, with those changes that do not enter the mathematics."""
+    folder, what = Path(args.resume), f"--resume {args.resume}"
+    try:
+        saved = json.loads((folder / "args.json").read_text())
+        owner, own = saved["method"], saved["args"]
+    except (OSError, ValueError, KeyError, TypeError):
+        advice = "give the folder that holds checkpoints/"
+        raise UsageError(f"{what} is not a run folder (no readable args.json); {advice}") from None
+    need(owner == method, f"{what} is a run of {owner}.py, not of {method}.py", "resume it with that script")
+    complete = (folder / "checkpoints" / "last" / "state.pt").exists()
+    need(complete, f"{what} has no complete checkpoint yet", "start it again without --resume")
+    for key, value in explicit.items():
+        flag, same = "--" + key.replace("_", "-"), key in RESUMABLE or own.get(key) == value
+        differs = f"{flag} {value} differs from the resumed run's {own.get(key)}"
+        need(same, differs, f"leave {flag} out, or start a new run")
+    fresh = {k: v for k, v in explicit.items() if k in RESUMABLE and k != "preset"}
+    return argparse.Namespace(**(vars(args) | own | fresh | {"resume": str(folder), "changed": {}}))
+
+
+# ---- checks of the shared flags: everything that can be wrong before a model is loaded
+def check_args(args) -> None:
+    """Raises UsageError, or fills in the defaults that depend on the model."""
+    need(args.eval_images != 1, "--eval-images 1 gives no standard error", "use 2 or more, or 0 for none")
+    check_processes(args)
+    args.model_path, args.backbone = find_model(args.model)
+    args.kind = args.backbone.kind
+    if args.model in MODELS:
+        args.resolution = args.resolution or MODELS[args.model][4]
+    check_sampler(args)
+    args.prompt_list = load_prompts(args.prompts)
+    args.eval_prompt_list = load_prompts(args.eval_prompts) if args.eval_prompts else args.prompt_list
+    if len(args.prompt_list) < args.num_prompts:
+        have = f"--prompts has {len(args.prompt_list)} prompts, fewer than --num-prompts {args.num_prompts}"
+        print(f"note: {have}; they repeat within an epoch")
+    runs = Path(args.runs).absolute()
+    parent = next(p for p in [runs, *runs.parents] if p.exists())
+    wrong = f"--runs {args.runs} cannot be written ({parent} is not a writable folder)"
+    need(parent.is_dir() and os.access(parent, os.W_OK), wrong, "choose another folder")
+
+
+def check_processes(args) -> None:
+    world, prompts, device = max(1, int(os.environ.get("WORLD_SIZE", 1))), args.num_prompts, args.device
+    numbered = device.startswith("cuda:")
+    need(not numbered or world == 1, f"--device {device} would put all processes on one GPU", "leave it out")
+    known = numbered or device in ("auto", "cpu", "cuda")
+    need(known, f"--device {device} is unknown", "use auto, cpu, cuda or cuda:N")
+    fewer = max(w for w in range(1, min(prompts, world) + 1) if prompts % w == 0)
+    more = world * (prompts // world + 1)
+    wrong = f"{world} processes do not divide --num-prompts {prompts}"
+    need(prompts % world == 0, wrong, f"use {fewer} processes or --num-prompts {more}")
+
+
+def check_sampler(args) -> None:
+    """Kernel, noise level and trained steps fit the model and each other; fills in their defaults."""
+    steps, kernels = args.steps, args.backbone.kernels
+    need(steps >= 2, f"--steps {steps} is too few", "a sampler needs at least 2 (papers: 50 for SD1.5, 10 for SD3.5)")
+    kernel = args.kernel = kernels[0] if args.kernel == "auto" else args.kernel
+    fits = f"use one of {', '.join(kernels)}"
+    need(kernel in kernels, f"--kernel {kernel} does not fit --model {args.model}", fits)
+    silent = "--kernel ode is deterministic and has no log-probability"
+    need(kernel != "ode", silent, "use a stochastic kernel for training")
+    level = args.noise_level = NOISE_LEVEL[kernel] if args.noise_level is None else args.noise_level
+    need(level > 0, f"--noise-level {level} leaves no noise to learn from", "use a value above 0")
+    idle = f"--kernel ancestral has no noise level, --noise-level {level} would do nothing"
+    need(kernel != "ancestral" or level == 1, idle, "leave it out")
+    high = f"--noise-level {level} is above 1, where {kernel} has no real step"
+    need(kernel not in ("ddim", "cps") or level <= 1, high, "use at most 1")
+    most = max(steps, args.eval_steps or 0)
+    many = f"--steps {most} is too many for the 1000 training steps of {args.model}"
+    need(args.kind == "flow" or most <= 500, many, "use at most 500")
+    if args.train_fraction is None:
+        args.train_fraction = 1.0 if args.kind == "eps" else 0.99
+        if kernel == "cps" and steps > 2:  # its noise is proportional to s: next to nothing in the last two
+            args.train_fraction = (steps - 2) / steps
+    train = args.train_steps = int(steps * args.train_fraction + 1e-9) if math.isfinite(args.train_fraction) else 0
+    left = f"--train-fraction {args.train_fraction} of {steps} steps is {train}"
+    need(1 <= train <= steps, left, f"it must leave 1 to {steps}")
+    args.eval_steps = args.eval_steps or steps
+
+
+def check_updates(args, rows: int, what: str = "transitions") -> None:
+    updates = args.updates_per_epoch
+    fits = max((u for u in range(1, 2 * updates + 1) if rows % u == 0), default=1)
+    wrong = f"--updates-per-epoch {updates} does not divide the {rows} {what} of an epoch"
+    need(rows % updates == 0, wrong, f"use {fits}")
+
+
+def check_group(args) -> None:
+    """The advantage compares images: there are two or more of a prompt."""
+    alone = f"--adv-norm {args.adv_norm} compares the images of a prompt, --group-size is {args.group_size}"
+    need(args.group_size > 1 or args.adv_norm == "raw", alone, "use 2 or more, or --adv-norm raw")
+
+
+def warn_of_clip_range(args) -> None:
+    """The papers' clip ranges are for mean log-probs; says so where they would be used on sums."""
+    if args.logprob_reduce == "sum" and args.clip_range < 1e-2:
+        d, what = latent_size(args), f"--clip-range {args.clip_range} is meant for mean log-probs"
+        same = f"{args.clip_range * d:g} (times the latent's {d} scalars)" if d else "that times the latent's size d"
+        print(f"warning: {what}; with --logprob-reduce sum the same range is {same}")
+
+
+def load_prompts(paths: str) -> list[common.Prompt]:
+    """Comma-separated .txt (a prompt a line) and .jsonl files ({"prompt": ...} a line); UsageError if none."""
+    found: list[tuple[str, dict]] = []
+    for name in paths.split(","):
+        path = Path(name) if Path(name).exists() else HERE / name
+        give = "give a .txt file with one prompt a line or a .jsonl file (see prompts/README.md)"
+        need(path.is_file(), f"--prompts {name or '(empty)'} does not exist", give)
+        try:
+            lines = path.read_text(encoding="utf-8-sig").split("\n")  # splitlines() would cut at other separators too
+        except UnicodeDecodeError:
+            raise UsageError(f"--prompts {name} is not UTF-8 text; save it as UTF-8") from None
+        for number, line in enumerate(lines, 1):
+            try:
+                metadata = json.loads(line) if line.strip() and path.suffix == ".jsonl" else {"prompt": line}
+                text = metadata["prompt"].strip()
+            except (ValueError, KeyError, TypeError, AttributeError):
+                problem = "not a JSON object with a 'prompt' text"
+                raise UsageError(f"--prompts {name}, line {number}: {problem}") from None
+            if text:
+                found.append((text, metadata if path.suffix == ".jsonl" else {}))
+    need(found, f"--prompts {paths} is empty", "it needs at least one prompt")
+    return [common.Prompt(i, text, metadata) for i, (text, metadata) in enumerate(found)]
+
+
+# ---- where the model is ------------------------------------------------------
+def find_model(name: str) -> tuple[str, type]:
+    """Model name -> (folder or hub id, its class of common.BACKBONES).  Reads at most one small file."""
+    if name in MODELS:
+        return MODELS[name][0], common.BACKBONES[MODELS[name][1]]
+    what, index = f"--model {name}", Path(name) / "model_index.json"
+    if not index.exists():
+        folder, hub = Path(name).is_dir(), name.count("/") == 1 and not name.startswith((".", "/"))
+        need(not folder, f"{what} is a folder without model_index.json", "give a folder in diffusers format")
+        need(hub, f"{what} is neither of {', '.join(MODELS)} nor a folder nor a hub id such as owner/name")
+        from huggingface_hub import hf_hub_download
+
+        require_hub(name, what)
+        index = Path(hf_hub_download(name, "model_index.json"))
+    try:
+        pipeline = json.loads(index.read_text())["_class_name"]
+    except (ValueError, KeyError, TypeError):
+        advice = "give a folder in diffusers format"
+        raise UsageError(f"{what}: {index} does not name a pipeline; {advice}") from None
+    known = ", ".join(common.BACKBONES)
+    need(pipeline in common.BACKBONES, f"{what} is a {pipeline}", f"supported are {known}")
+    return name, common.BACKBONES[pipeline]
+
+
+def require_hub(repo: str, what: str, file: str = "model_index.json") -> None:
+    """UsageError if `file` of `repo` is neither in the local cache nor, by one short probe, to be had from the hub."""
+    import huggingface_hub
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    try:
+        if isinstance(huggingface_hub.try_to_load_from_cache(repo, file), str):
+            return
+    except HFValidationError as problem:
+        raise UsageError(f"{what} is no valid hub id: {problem}") from None
+    advice = "put the files in a folder and pass its path, or use the embedded model: --preset tiny (no download)"
+    absent = f"{what} ({repo}) is not in the local cache and"
+    need(os.environ.get("HF_HUB_OFFLINE", "0") in ("0", ""), f"{absent} HF_HUB_OFFLINE is set", advice)
+    try:
+        huggingface_hub.HfApi().model_info(repo, timeout=4)
+    except HfHubHTTPError as problem:
+        answer = f"the hub answered {problem.response.status_code} for {repo}; check the name or log in"
+        raise UsageError(f"{what}: {answer}; {advice}") from None
+    except Exception:  # of whichever HTTP library the hub's client stands on
+        raise UsageError(f"{absent} the hub cannot be reached; {advice}") from None
+
+
+def check_model(args) -> None:
+    """The model's weights can be had, and the LoRA targets exist in it.  UsageError before any weight is read."""
+    index, what = Path(args.model_path) / "model_index.json", f"--model {args.model}"
+    make = "make it with python -m tiny.pretrain --all, or pass the folder's path"
+    need(index.exists() or not args.model.startswith("tiny-"), f"{what}: {args.model_path} is missing", make)
+    if not index.exists():
+        require_hub(args.model_path, what)  # add_lora() finds a wrong target
+    elif args.lora_targets not in ("attention", "attention+mlp"):
+        import diffusers
+
+        part = args.backbone.part
+        cls = getattr(diffusers, json.loads(index.read_text())[part][1])
+        with torch.device("meta"):
+            net = cls.from_config(cls.load_config(args.model_path, subfolder=part))
+        check_lora_targets(net, args)
+
+
+def check_lora_targets(net, args) -> None:
+    linear = [n for n, m in net.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
+    endings = sorted({n.rsplit(".", 1)[-1] for n in linear if not n.rsplit(".", 1)[-1].isdigit()})
+    for target in lora_targets(args):
+        there = any(n == target or n.endswith("." + target) for n in linear)
+        names = f"layer names end in {', '.join(endings[:12])} ..."
+        need(there, f"--lora-targets {target} matches no layer of {args.model}", names)
+
+
+def lora_targets(args) -> list[str]:
+    named = {"attention": args.backbone.attention, "attention+mlp": args.backbone.attention + args.backbone.mlp}
+    return list(named.get(args.lora_targets) or [t.strip() for t in args.lora_targets.split(",") if t.strip()])
+
+
+def latent_size(args) -> int | None:
+    """d, the number of scalars in one latent; None for a model that is not in MODELS."""
+    if args.model not in MODELS:
+        return None
+    _, _, channels, pixels, _, _ = MODELS[args.model]
+    return channels * (args.resolution // pixels) ** 2
+
+
+# ---- --dry-run ---------------------------------------------------------------
+def rollout_memory(args, latents: int, what: str) -> str:
+    """The line of --dry-run for so many latents; "unknown" where their size is not."""
+    d = latent_size(args)
+    return f"{latents * d * 4 / 2**30:.2f} GB over all processes ({what}; float32)" if d else "unknown"
+
+
+def print_sizes(args, rows: dict[str, str]) -> None:
+    """The sizes that follow from the flags (`rows` are the method's), and the memory apart from activations."""
+    samples, updates = args.num_prompts * args.group_size, args.updates_per_epoch * args.inner_epochs
+    lists = f"{len(args.prompt_list)} for training, {len(args.eval_prompt_list)} for evaluation"
+    lines = {
+        "model": f"{args.model} ({args.model_path}), kernel {args.kernel}, noise level {args.noise_level}",
+        "prompts": lists,
+        "steps": f"{args.steps}, of which {args.train_steps} are trained; evaluation {args.eval_steps}",
+        "samples per epoch": f"{samples} = {args.num_prompts} prompts x {args.group_size}",
+        **rows,
+        "updates": f"{updates} per epoch, {updates * args.epochs} in all",
+    }
+    usual = rollout_memory(args, samples * (4 * args.steps + 1), "states, noise, two outputs")
+    lines["memory for the rollout"] = lines.pop("memory for the rollout", usual)
+    if latent_size(args):
+        gigabytes = MODELS[args.model][5] * 1e6 / 2**30
+        half, full = f"{2 * gigabytes:.2f} GB in half precision", f"{4 * gigabytes:.2f} GB in float32"
+        lines["memory for the denoiser"] = f"{half}, {full}, activations not counted"
+    for key, value in lines.items():
+        print(f"{key:42s} {value}")
+
+
+# ---- the run -----------------------------------------------------------------
+@dataclass
+class Run:
+    """Where this process runs and where it writes."""
+
+    dir: Path
+    device: torch.device
+    dtype: torch.dtype
+    rank: int
+    world: int
+    start_epoch: int = 0
+    method: str = ""
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+def run_main(main, parse_args, usage_error: type[Exception]) -> None:
+    """Entry point of every script: one sentence and exit code 2 for bad input, 130 after Ctrl-C or SIGTERM."""
+    args = parse_args()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        main(args)
+    except (UsageError, usage_error) as problem:
+        if made := getattr(args, "made_dir", None):  # nothing ran yet: the corrected command may use the name
+            shutil.rmtree(made, ignore_errors=True)
+        print(f"{Path(sys.argv[0]).name}: error: {problem}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        where = getattr(args, "run_dir", None)
+        saved = where and (Path(where) / "checkpoints" / "last").exists()
+        print("\nstopped" + (f"; continue with --resume {where}" if saved else ""), file=sys.stderr)
+        sys.exit(130)
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
+
+def setup(args, method: str) -> Run:
+    """Process group (where started by torchrun), device, dtype, run folder with all to repeat the run."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    local = int(os.environ.get("LOCAL_RANK", 0))
+    name = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(f"cuda:{local}" if name == "cuda" else name)
+    if world > 1 and not torch.distributed.is_initialized():
+        torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    dtype, reason = pick_dtype(args.dtype, device)
+    reward = "".join(c if c.isalnum() else "-" for c in args.reward)
+    folder = Path(args.runs) / (args.name or f"{method}_{reward}_s{args.seed}_{time.strftime('%Y%m%d-%H%M%S')}")
+    news = [str(folder), (folder / "args.json").exists()]
+    if world > 1:
+        torch.distributed.broadcast_object_list(news)  # one name and one verdict for all processes
+    what = f"{news[0]} holds a run already; continue it with --resume {news[0]}"
+    need(args.resume or not news[1], f"{what}, or choose another --name")
+    folder = Path(args.resume or news[0])
+    args.run_dir = str(folder)
+    run = Run(folder, device, dtype, rank, world, method=method)
+    if run.is_main:
+        if not args.resume:
+            make_folder(args, run)
+        print(f"run folder {folder}  device {device}  dtype {dtype} ({reason})  processes {world}")
+        for key, (was, now) in args.changed.items():
+            print(f"  --{key.replace('_', '-')} {now}  (preset {args.preset}: {was})")
+    return run
+
+
+def make_folder(args, run: Run) -> None:
+    """The run folder with args.json, command.txt, versions.json and copies of the scripts."""
+    args.made_dir = None if run.dir.exists() else str(run.dir)
+    for name in ("samples", "checkpoints"):
+        (run.dir / name).mkdir(parents=True, exist_ok=True)
+    plain = {k: v for k, v in vars(args).items() if k not in DERIVED}
+    write_json(run.dir / "args.json", {"method": run.method, "args": plain})
+    (run.dir / "command.txt").write_text(shlex.join([Path(sys.executable).name, *sys.argv]) + "\n")
+    write_json(run.dir / "versions.json", versions())
+    for script in (f"{run.method}.py", "common.py", "harness.py", "rewards.py", *HERE.glob("judges/*.py")):
+        if (HERE / script).exists():
+            copy = run.dir / (HERE / script).relative_to(HERE)
+            copy.parent.mkdir(exist_ok=True)
+            shutil.copy(HERE / script, copy)
+
+
+def pick_dtype(name: str, device: torch.device) -> tuple[torch.dtype, str]:
+    """The frozen base's precision, and why."""
+    if name != "auto":
+        return getattr(torch, name), "as asked"
+    if device.type != "cuda":
+        return torch.float32, "half precision is slow on a CPU"
+    if torch.cuda.is_bf16_supported():
+        return torch.bfloat16, "the GPU has it, and it needs no loss scaling"
+    return torch.float16, "the GPU has no bfloat16"
+
+
+def versions() -> dict[str, str]:
+    import importlib.metadata as meta
+
+    packages = ("torch", "diffusers", "transformers", "peft", "accelerate", "safetensors")
+    found = {"python": platform.python_version(), "platform": platform.platform()}
+    found |= {package: meta.version(package) for package in packages}
+    try:
+        git = ["git", "-C", str(HERE), "describe", "--always", "--dirty"]
+        found["git"] = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        found["git"] = "not a git checkout"
+    return found | ({"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {})
+
+
+def write_json(path: Path, value) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(value, indent=1) + "\n")
+    temporary.replace(path)
+
+
+# ---- model and optimiser from the flags --------------------------------------
+def load_policy(args, run: Run) -> common.Policy:
+    """The pipeline of --model behind common's interface, without an adapter yet."""
+    import diffusers
+    import transformers
+
+    for library in (diffusers.utils.logging, transformers.utils.logging):
+        library.set_verbosity_error()
+        library.disable_progress_bar()
+    pipe = args.backbone.load(args.model_path, {"default": run.dtype, "vae": torch.float32}, args.t5)
+    policy = common.Policy(
+        pipe, run.device, run.dtype, args.resolution, args.max_sequence_length, args.decode_batch_size,
+        args.detach_uncond, args.offload_text_encoders,
+    )  # fmt: skip
+    if args.gradient_checkpointing:
+        policy.net.enable_gradient_checkpointing()
+    return policy
+
+
+def add_lora(policy, args) -> list[nn.Parameter]:
+    """theta: the trainable adapter's weights."""
+    check_lora_targets(policy.net, args)
+    return common.add_lora(policy, lora_targets(args), args.lora_rank, args.lora_alpha, args.seed)
+
+
+def make_optimiser(args, run: Run, theta: list[nn.Parameter], *others) -> common.Optimiser:
+    """AdamW on theta, and on `others`, each (weights, learning rate, clipping norm)."""
+    adam = dict(betas=(args.adam_beta1, args.adam_beta2), eps=args.adam_eps, weight_decay=args.weight_decay)
+    scaler = torch.amp.GradScaler(run.device.type, init_scale=1024.0) if run.dtype == torch.float16 else None
+    parts = [(theta, args.lr, args.max_grad_norm), *others]
+    return common.Optimiser(parts, adam, args.ema_decay, args.ema_every, scaler, args.max_bad_steps)
+
+
+def epoch_batch(args, policy, epoch: int, draws: int | None = None) -> common.Batch:
+    """common.epoch_batch with the flags' sizes; `draws` is --steps unless given."""
+    draws, sizes = args.steps if draws is None else draws, (args.num_prompts, args.group_size)
+    return common.epoch_batch(policy, args.prompt_list, epoch, args.seed, *sizes, draws, args.shared_noise)
+
+
+def epoch_updates(args, batch: common.Batch, steps: list[int], epoch: int) -> list[torch.Tensor]:
+    """The rows of each optimiser step of the epoch: shuffled rows of one pass (--inner-epochs) after the other."""
+    samples, updates = args.num_prompts * args.group_size, args.updates_per_epoch
+    passes = range(args.inner_epochs)
+    keys = [(args.seed, epoch, inner) for inner in passes]
+    return [part for key in keys for part in common.shuffled_rows(batch.indices, samples, steps, updates, *key)]
+
+
+# ---- statistics of an epoch --------------------------------------------------
+@dataclass
+class Metrics:
+    """A method's columns of metrics.csv, in order."""
+
+    means: list[str]  # of rows, over the epoch and all processes
+    stds: tuple[str, ...] = ()  # those "x/mean" whose "x/std" is logged, too
+    tops: tuple[str, ...] = ()  # maxima
+    more: tuple[str, ...] = ()  # what main() computes itself
+
+    @property
+    def columns(self) -> list[str]:
+        return [*self.means, *(key.removesuffix("mean") + "std" for key in self.stds), *self.tops, *self.more]
+
+
+class Stats:
+    """Means of per-row quantities over an epoch and all processes, and maxima."""
+
+    def __init__(self, means: list[str], tops=(), stds=(), tolerance: float = math.inf, epoch: int = 0):
+        self.sums = {key: [0.0, 0.0, 0.0] for key in means}  # count, sum, sum of squares
+        self.tops = dict.fromkeys(tops, 0.0)
+        self.stds, self.tolerance, self.epoch, self.started = stds, tolerance, epoch, False
+
+    @torch.no_grad()
+    def add(self, values: dict[str, torch.Tensor]) -> None:
+        """Each value (n,): one number per row."""
+        for key, value in values.items():
+            value = value.double()
+            for j, part in enumerate((value.numel(), value.sum(), (value**2).sum())):
+                self.sums[key][j] = self.sums[key][j] + part
+
+    def top(self, key: str, value: float) -> None:
+        self.tops[key] = value if math.isnan(value) else max(self.tops[key], value)
+
+    def check_start(self, moved: torch.Tensor, z: torch.Tensor) -> None:
+        """The first micro-batch after a rollout repeats the rollout's network calls: the log ratio must be 0 there.
+
+        moved = (mu_theta - mu_old) / sigma and the draws z; later calls of an epoch do nothing.
+        """
+        if self.started:
+            return
+        self.started = True
+        deviation = common.log_ratio(moved, z, "mean").abs().max().item()
+        self.top("ratio/start_deviation", deviation)
+        if not deviation <= self.tolerance:
+            raise SystemExit(
+                f"stopped in epoch {self.epoch + 1}: right after the rollout |log p_theta - log p_old| is "
+                f"{deviation:.1e}, expected below {self.tolerance:.0e}; the rollout's and the update's passes differ: "
+                "use --dtype float32 or float16, or accept it with --ratio-tolerance"
+            )
+
+    def result(self) -> dict[str, float]:
+        """{key: mean}, {"x/std": standard deviation} of the "x/mean" in stds, and the maxima."""
+        flat = {(key, j): float(part) for key, parts in self.sums.items() for j, part in enumerate(parts)}
+        flat, found = all_reduce(flat), {}
+        for key in self.sums:
+            count, total, squares = (flat[key, j] for j in range(3))
+            if count:
+                found[key] = total / count
+            if count and key in self.stds:
+                found[key.removesuffix("mean") + "std"] = max(0.0, squares / count - found[key] ** 2) ** 0.5
+        return found | all_reduce(self.tops, "MAX")
+
+
+# ---- held-out evaluation -----------------------------------------------------
+@torch.no_grad()
+def draw(policy, args, indices) -> tuple[torch.Tensor, list[common.Prompt]]:
+    """Images (N, 3, H, W) on the CPU of the held-out prompts (repeated in order as needed) with these indices.
+
+    The noise depends on the image's index alone: the same in every run and epoch.
+    """
+    prompts = [args.eval_prompt_list[n % len(args.eval_prompt_list)] for n in indices]
+    kernel, level = (args.kernel, args.noise_level) if args.eval_kernel == "same" else ("ode", 0.0)
+    grid = policy.grid(args.eval_steps, kernel, level)
+    cond = policy.encode([p.text for p in prompts])
+    images = []
+    for start in range(0, len(indices), args.micro_batch_size):
+        rows = slice(start, start + args.micro_batch_size)
+        noise = common.sample_noise(0, "held-out", indices[rows], grid.steps, policy.latent_shape, policy.device)
+        path = common.rollout(policy, grid, cond[rows], noise, args.cfg, len(noise), desc="")
+        images.append(policy.decode(path.x[:, -1]).cpu())
+    return torch.cat(images), prompts
+
+
+def score_held_out(policy, args, run, reward, more) -> dict[str, torch.Tensor]:
+    """This process's share of the held-out images, drawn and scored: {name: (share,)}; the last ones may repeat."""
+    share = -(-args.eval_images // run.world)
+    images, prompts = draw(policy, args, range(run.rank * share, (run.rank + 1) * share))
+    texts, extra = [p.text for p in prompts], [p.metadata for p in prompts]
+    scores = {}
+    for scorer in (reward, more):
+        if scorer is not None:
+            total, parts = scorer(images.to(run.device), texts, extra, chunk=args.reward_batch_size)
+            scores = {"reward": total} | scores | parts
+    return scores
+
+
+def held_out_metrics(scores: dict[str, torch.Tensor], args, run, epoch: int) -> dict[str, float]:
+    """Held-out reward (mean, standard error), its terms and the --eval-rewards; each image's scores go to eval/."""
+    scores = {name: gather(value.to(run.device))[: args.eval_images] for name, value in scores.items()}
+    if run.is_main:
+        texts = [args.eval_prompt_list[n % len(args.eval_prompt_list)].text for n in range(args.eval_images)]
+        (run.dir / "eval").mkdir(exist_ok=True)
+        content = {"prompts": texts} | {k: v.tolist() for k, v in scores.items()}
+        write_json(run.dir / "eval" / f"epoch_{epoch:04d}.json", content)
+    result = {f"eval/{name}": value.mean().item() for name, value in scores.items()}
+    return result | {"eval/reward_se": scores["reward"].std().item() / args.eval_images**0.5}
+
+
+# ---- pictures ----------------------------------------------------------------
+def image_grid(images, captions: list[str], path: Path, columns: int = 8, pairs: bool = False, scores=None) -> None:
+    """Captioned contact sheet (PNG) of images (N, 3, H, W).
+
+    With `pairs`, images come as before, after, before, after, ...; `scores`, [(before, after), ...], are written under
+    each pair and colour its frame: green where the score rose, red where it fell.
+    """
+    from PIL import Image, ImageDraw, ImageFont
+
+    size = max(96, images.shape[-1]) if images.shape[-1] < 256 else 256
+    font, line, gap, frame = ImageFont.load_default(11), 30, 4, 3
+    parts = 2 if pairs else 1
+    wide, high = parts * (size + gap) + 2 * frame + 4, size + line + 2 * frame + 4 + (14 if scores else 0)
+    tiles = images.detach().cpu().mul(255).round().byte().permute(0, 2, 3, 1).numpy()
+    sheet = Image.new("RGB", (columns * wide, -(-len(captions) // columns) * high), "white")
+    pen = ImageDraw.Draw(sheet)
+    for n, caption in enumerate(captions):
+        x, y = n % columns * wide + frame, n // columns * high
+        colour = "lightgray"
+        if scores:
+            old, new = scores[n]
+            colour = "green" if new > old else "crimson" if new < old else "lightgray"
+            ink = colour if new != old else "gray"
+            pen.text((x + 2, y + line + size + frame + 2), f"{old:.2f} -> {new:.2f}", fill=ink, font=font)
+        right, low = x + parts * (size + gap) - gap + frame - 1, y + line + size + frame - 1
+        pen.rectangle((x - frame, y + line - frame, right, low), fill=colour)
+        for k in range(parts):
+            tile = Image.fromarray(tiles[n * parts + k])
+            tile = tile.resize((size, size), Image.NEAREST if tile.width < size else Image.LANCZOS)
+            sheet.paste(tile, (x + k * (size + gap), y + line))
+        lines = [""]
+        for word in caption.split():
+            if font.getlength(lines[-1] + " " + word) > wide - 8 and lines[-1]:
+                lines.append("")
+            lines[-1] = (lines[-1] + " " + word).strip()
+        pen.multiline_text((x, y), "\n".join(lines[:2]), fill="black", font=font, spacing=1)
+    temporary = path.with_suffix(".tmp.png")
+    sheet.save(temporary)
+    temporary.replace(path)
+
+
+def plot_curve(rows: list[dict[str, float]], path: Path, title: str) -> None:
+    """curve.png: the training reward per epoch and the held-out reward with its standard error."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axis = pyplot.subplots(figsize=(7, 4))
+    train = [(r["epoch"], r["reward/mean"]) for r in rows if "reward/mean" in r]
+    held = [(r["epoch"], r["eval/reward"], r["eval/reward_se"]) for r in rows if "eval/reward" in r]
+    if train:
+        axis.plot(*zip(*train), color="tab:blue", alpha=0.35, label="training rollouts")
+        smooth, value = [], train[0][1]
+        for _, reward in train:
+            value = 0.9 * value + 0.1 * reward
+            smooth.append(value)
+        axis.plot([e for e, _ in train], smooth, color="tab:blue", label="smoothed")
+    if held:
+        axis.errorbar(*zip(*held), color="tab:orange", marker="o", capsize=3, label="held-out prompts, same noise")
+    axis.set(xlabel="epoch", ylabel="reward", title=title)
+    axis.legend()
+    axis.grid(alpha=0.3)
+    figure.tight_layout()
+    temporary = path.with_suffix(".tmp.png")
+    figure.savefig(temporary, dpi=110)
+    pyplot.close(figure)
+    temporary.replace(path)
+
+
+# ---- log ---------------------------------------------------------------------
+class Logger:
+    """metrics.csv + TensorBoard (+ wandb if asked); the columns are fixed from the first row."""
+
+    def __init__(self, run: Run, args, keys: list[str]):
+        self.run, self.keys, self.path, self.wandb = run, ["epoch", *keys], run.dir / "metrics.csv", None
+        if not run.is_main:
+            return
+        kept = []
+        if self.path.exists():  # a resumed run: drop what was logged after the checkpoint
+            kept = [r for r in csv.DictReader(self.path.open(newline="")) if int(r["epoch"]) <= run.start_epoch]
+        with self.path.open("w", newline="") as f:
+            writer = csv.DictWriter(f, self.keys)
+            writer.writeheader()
+            writer.writerows(kept)
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.board = SummaryWriter(run.dir, purge_step=run.start_epoch + 1 if run.start_epoch else None)
+        if args.wandb:
+            import wandb
+
+            name = run.dir.name
+            self.wandb = wandb.init(project=args.wandb, name=name, dir=run.dir, resume="allow", id=name)
+
+    def log(self, epoch: int, values: dict[str, float]) -> None:
+        if not self.run.is_main:
+            return
+        if unknown := set(values) - set(self.keys):
+            raise KeyError(f"metrics {sorted(unknown)} were not announced to the Logger")
+        with self.path.open("a", newline="") as f:
+            csv.DictWriter(f, self.keys, restval="").writerow({"epoch": epoch, **values})
+        for key, value in values.items():
+            self.board.add_scalar(key, value, epoch)
+        self.board.flush()
+        if self.wandb:
+            self.wandb.log(values, step=epoch)
+
+    def rows(self) -> list[dict[str, float]]:
+        with self.path.open(newline="") as f:
+            return [{k: float(v) for k, v in row.items() if v} for row in csv.DictReader(f)]
+
+    def close(self) -> None:
+        if self.run.is_main:
+            self.board.close()
+            if self.wandb:
+                self.wandb.finish()
+
+
+# ---- checkpoints -------------------------------------------------------------
+def save(run: Run, policy, epoch: int, state: dict, ema: common.EMA | None) -> None:
+    """checkpoints/epoch_NNNN with the exported LoRA and state.pt, complete or absent; `last` points to it."""
+    root = run.dir / "checkpoints"
+    final, temporary = root / f"epoch_{epoch:04d}", root / f".writing_{epoch:04d}"
+    if not run.is_main or final.exists():
+        return
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    with ema.applied() if ema else nullcontext():
+        common.export_lora(policy, temporary)
+    torch.save(state | {"epoch": epoch}, temporary / "state.pt")
+    temporary.rename(final)
+    link = root / ".last"
+    link.unlink(missing_ok=True)
+    link.symlink_to(final.name)
+    link.replace(root / "last")
+
+
+def load(folder: str | Path) -> dict:
+    """The state of a run folder's last checkpoint, on the CPU (the optimisers move what they need)."""
+    return torch.load(Path(folder) / "checkpoints" / "last" / "state.pt", map_location="cpu", weights_only=True)
+
+
+# ---- what happens around every method's epochs -------------------------------
+class Recorder:
+    """Resume, evaluation, log, sample grids, checkpoints, the final summary."""
+
+    def __init__(self, run, args, policy, optimiser, scorers, failure, metrics: Metrics, modules=None):
+        """scorers: (the reward, one more for evaluations or None); failure: what they raise; modules: {name: object
+        with state_dict()} is what a checkpoint holds beside theta."""
+        self.run, self.args, self.policy, self.optimiser = run, args, policy, optimiser
+        (self.reward, self.more), self.failure = scorers, failure
+        self.metrics, self.modules = metrics, modules or {}
+        if args.resume:
+            state = load(run.dir)
+            done = f"epoch {state['epoch']} of {args.epochs} is done"
+            need(state["epoch"] < args.epochs, f"--resume {run.dir}: {done}; give a larger --epochs to go on")
+            optimiser.load_state_dict(state["theta"])
+            for name, module in self.modules.items():
+                module.load_state_dict(state[name])
+            run.start_epoch = state["epoch"]
+        terms = [f"reward/{t.name}" for t in self.reward.terms]
+        held = [f"eval/{t.name}" for r in scorers if r for t in r.terms]
+        args.made_dir = None  # from here on the folder is worth keeping
+        keys = ["reward/mean", "reward/std", *terms, *metrics.columns, "grad/bad_steps", "calls/network"]
+        keys += ["time/rollout", "time/reward", "time/update", "mem/peak_gb", "eval/reward", "eval/reward_se", *held]
+        self.logger, self.calls, self.clock = Logger(run, args, keys), 0, []
+
+    def epochs(self):
+        """The epochs that are left, after the evaluation of the untrained policy."""
+        run, args = self.run, self.args
+        if run.start_epoch == 0 and args.eval_images:
+            scores, problem = self._held_out()
+            self._stop_if(problem, 0)
+            self.logger.log(0, held_out_metrics(scores, args, run, 0))
+        left, off = range(run.start_epoch, args.epochs), not run.is_main
+        self.bar = common.tqdm(left, desc=run.method, disable=off, initial=run.start_epoch, total=args.epochs)
+        for epoch in self.bar:
+            self.calls, self.clock = self.policy.network_calls, []
+            yield epoch
+
+    def phase(self) -> None:
+        """Called where an epoch's rollout, reward and update begin: the time columns."""
+        self.clock.append(time.time())
+
+    def stats(self, epoch: int) -> Stats:
+        """Empty statistics for the update of this epoch."""
+        usual = 1e-4 if self.run.dtype == torch.float32 else 1e-2
+        given = self.args.ratio_tolerance
+        tolerance = usual if given is None else given
+        return Stats(self.metrics.means, self.metrics.tops, self.metrics.stds, tolerance, epoch)
+
+    @contextmanager
+    def scoring(self, epoch: int):
+        """A reward that fails inside stops all processes with its sentence, after a checkpoint."""
+        problem = None
+        try:
+            yield
+        except self.failure as failure:
+            problem = failure
+        self._stop_if(problem, epoch)
+
+    def end_epoch(self, epoch: int, final: torch.Tensor, parts: dict, metrics: dict[str, float]) -> None:
+        """Rewards (B,), their terms and the method's metrics of `epoch` -> log, evaluation, samples, checkpoint."""
+        run, args = self.run, self.args
+        self.phase()
+        every = gather(final)
+        row = {"reward/mean": every.mean().item(), "reward/std": every.std().item() if len(every) > 1 else 0.0}
+        row |= {f"reward/{name}": gather(value).mean().item() for name, value in parts.items()} | metrics
+        row |= {"grad/bad_steps": self.optimiser.bad_steps, "calls/network": self.policy.network_calls - self.calls}
+        for name, begin, end in zip(("rollout", "reward", "update"), self.clock, self.clock[1:]):
+            row[f"time/{name}"] = end - begin
+        if run.device.type == "cuda":
+            row["mem/peak_gb"] = torch.cuda.max_memory_allocated() / 2**30
+        done, last = epoch + 1, epoch + 1 == args.epochs
+        scores = problem = None
+        with self.optimiser.averaged():
+            if args.eval_images and (last or args.eval_every and done % args.eval_every == 0):
+                scores, problem = self._held_out()
+            if run.is_main and args.sample_every and done % args.sample_every == 0:
+                images, prompts = draw(self.policy, args, range(16))
+                image_grid(images, [p.text for p in prompts], run.dir / "samples" / f"epoch_{done:04d}.png")
+        self._stop_if(problem, done, row)  # the policy's own weights are back: they are what a checkpoint keeps
+        if scores:
+            row |= held_out_metrics(scores, args, run, done)
+        self.logger.log(done, row)
+        self.bar.set_postfix(reward=f"{row['reward/mean']:.3f}", kl=f"{row.get('kl/ref', math.nan):.1e}")
+        if last or args.save_every and done % args.save_every == 0:
+            self._save(done)  # after the log: a resumed run drops the rows that came after its checkpoint
+
+    def finish(self) -> None:
+        with self.optimiser.averaged():
+            finish(self.run, self.args, self.policy, self.logger)
+        self.logger.close()
+
+    def _held_out(self):
+        try:
+            return score_held_out(self.policy, self.args, self.run, self.reward, self.more), None
+        except self.failure as failure:
+            return None, failure
+
+    def _stop_if(self, problem, epoch: int, row=None) -> None:
+        if all_reduce({"failed": float(problem is not None)})["failed"]:
+            if row is not None:
+                self.logger.log(epoch, row)
+            if epoch > self.run.start_epoch:
+                self._save(epoch)
+            what = problem or "the reward failed in another process"
+            raise SystemExit(f"{self.run.method}.py: stopped after epoch {epoch}: {what}")
+
+    def _save(self, epoch: int) -> None:
+        state = {"theta": self.optimiser.state_dict()} | {k: m.state_dict() for k, m in self.modules.items()}
+        save(self.run, self.policy, epoch, state, self.optimiser.ema)
+
+
+def finish(run: Run, args, policy, logger: Logger) -> None:
+    """summary.json, curve.png, before_after.png (same noise, adapters off and on), and the result in a few lines."""
+    if not run.is_main:
+        return
+    after, prompts = draw(policy, args, range(24))
+    with policy.reference():
+        before, _ = draw(policy, args, range(24))
+    pairs = torch.stack([before, after], 1).flatten(0, 1)
+    plot_curve(logger.rows(), run.dir / "curve.png", run.dir.name)
+    phases = ("time/rollout", "time/reward", "time/update")
+    seconds = sum(row.get(key, 0.0) for row in logger.rows() for key in phases)
+    images = f"{args.eval_images} held-out images, same noise before and after"
+    print(f"{args.epochs} epochs, {seconds:.0f} s of training; {images}:")
+    summary = {"seed": args.seed, "epochs": args.epochs, "seconds": round(seconds, 1), "images": args.eval_images}
+    summary["command"] = (run.dir / "command.txt").read_text().strip()
+    gains, scores = compare_scores(args, run)
+    write_json(run.dir / "summary.json", summary | gains)
+    if args.eval_images < len(prompts):
+        scores = None  # not all of these images were scored
+    texts, picture = [p.text for p in prompts], run.dir / "before_after.png"
+    image_grid(pairs, texts, picture, columns=4, pairs=True, scores=scores)
+    print(f"curve     {run.dir / 'curve.png'}")
+    print(f"pictures  {picture}")
+    print(f"LoRA      pipe.load_lora_weights('{run.dir / 'checkpoints' / 'last'}')")
+
+
+def compare_scores(args, run) -> tuple[dict, list[tuple[float, float]] | None]:
+    """Means before and after, gains, standard errors of each score; (before, after) of each image."""
+    result = {"before": {}, "after": {}, "gain": {}, "gain_se": {}}
+    if not args.eval_images:
+        return result, None
+    files = [run.dir / "eval" / f"epoch_{epoch:04d}.json" for epoch in (0, args.epochs)]
+    before, after = (json.loads(file.read_text()) for file in files)
+    for key in (k for k in before if k != "prompts"):
+        old, new = (torch.tensor(scores[key], dtype=torch.float64) for scores in (before, after))
+        gain, error = (new - old).mean().item(), (new - old).std().item() / len(old) ** 0.5  # paired, over images
+        found = {"before": old.mean().item(), "after": new.mean().item(), "gain": gain, "gain_se": error}
+        for name, value in found.items():
+            result[name][key] = value
+        print(f"  {key:20s} {old.mean():8.4f} -> {new.mean():8.4f}   gain {gain:+.4f} +- {error:.4f}")
+    return result, list(zip(before["reward"], after["reward"]))
