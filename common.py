@@ -71,7 +71,9 @@ class SD35:
 
     kind, part = "flow", "transformer"
     kernels = ("flow_sde", "dance", "ancestral", "cps", "ode")
-    attention = (*SD15.attention, "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+    # "attn.": the joint attention of each block, as in the official codes, not SD3.5-M's second one, attn2
+    attention = tuple(f"attn.{name}" for name in SD15.attention)
+    attention += ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out")
     mlp = (*SD15.mlp, "ff_context.net.0.proj", "ff_context.net.2")
     encoders = ("text_encoder", "text_encoder_2", "text_encoder_3")
 
@@ -322,8 +324,11 @@ class Batch:
 
 
 def epoch_batch(policy, prompts: list[Prompt], epoch: int, seed: int, num_prompts: int, group_size: int, draws: int,
-                shared_noise: bool = False) -> Batch:  # fmt: skip
-    """Prompts, conditions and noise (the start and `draws` more) of this epoch: whole groups for each process."""
+                shared_noise: bool = False, blocks: int = 0) -> Batch:  # fmt: skip
+    """Prompts, conditions and noise (the start and `draws` more) of this epoch: whole groups for each process.
+
+    shared_noise: the images of a prompt start from one x_T; blocks N: those of each N-th part of the epoch.
+    """
     chosen = prompt_batch(prompts, epoch, seed, num_prompts)
     samples = num_prompts * group_size // world()
     mine = range(rank() * samples, (rank() + 1) * samples)
@@ -331,6 +336,10 @@ def epoch_batch(policy, prompts: list[Prompt], epoch: int, seed: int, num_prompt
     noise = sample_noise(seed, epoch, mine, draws, policy.latent_shape, policy.device)
     if shared_noise:
         noise[:, 0] = noise[::group_size, 0].repeat_interleave(group_size, 0)
+    if blocks:
+        total = num_prompts * group_size
+        firsts = [-(-(n * blocks // total) * total // blocks) for n in mine]  # the first image of n's block
+        noise[:, 0] = sample_noise(seed, epoch, firsts, 0, policy.latent_shape, policy.device)[:, 0]
     return Batch(own, mine, policy.encode([p.text for p in own]), noise)
 
 
@@ -580,14 +589,18 @@ def rollout(policy, grid, cond, noise, cfg, micro_batch, reference=(), desc="rol
     return Rollout(x, noise[:, 1:], o_old, o_ref, cond)
 
 
-def shuffled_rows(mine: range, samples: int, steps: list[int], updates: int, *key) -> list[torch.Tensor]:
+def shuffled_rows(mine: range, samples: int, steps: list[int], updates: int, *key, each=0) -> list[torch.Tensor]:
     """For each of `updates` optimiser steps this process's transitions, (n, 2) of (local sample, step index).
 
     The shuffle (by `key`) is over the transitions of all `samples`, of which this process has `mine`, so that every
-    update sees the same set however many processes there are.
+    update sees the same set however many processes there are.  each: so many of the steps, drawn for each sample.
     """
-    order = torch.randperm(samples * len(steps), generator=generator("shuffle", *key))
-    rows = torch.stack([order // len(steps), torch.tensor(steps)[order % len(steps)]], 1)
+    table = torch.tensor(steps).expand(samples, -1)
+    if each:
+        draws = [torch.randperm(len(steps), generator=generator("subset", *key, n))[:each] for n in range(samples)]
+        table = torch.tensor(steps)[torch.stack(draws)]
+    order = torch.randperm(table.numel(), generator=generator("shuffle", *key))
+    rows = torch.stack([order // table.shape[1], table.flatten()[order]], 1)
     parts = rows.tensor_split(updates)
     here = [(p[:, 0] >= mine.start) & (p[:, 0] < mine.stop) for p in parts]
     return [p[own] - torch.tensor([mine.start, 0]) for p, own in zip(parts, here)]
@@ -608,21 +621,21 @@ def progress(total: int | None, desc: str) -> tqdm:
 
 
 # ---- advantages --------------------------------------------------------------
-def group_advantage(reward: torch.Tensor, group_size: int, mode: str) -> tuple[torch.Tensor, torch.Tensor]:
+def group_advantage(reward, group_size: int, mode: str, eps=1e-4, unbiased=False) -> tuple[torch.Tensor, torch.Tensor]:
     """Advantages of rewards (B,) or (B, S), group-major, each column by itself, and which groups have one reward
     only (A is 0 there, but for raw); both of the rewards' shape.
 
     group: (r - mean) / (std + 1e-4) of the prompt's K samples (GRPO); global: the same mean, the std of all rewards of
     the epoch (Flow-GRPO); none: r - mean (Dr.GRPO; VMPO Eq. 20); rloo: r - mean of the other K - 1; raw: r itself.
-    The standard deviations are the biased ones (as in Flow-GRPO's code).
+    eps and unbiased: of the standard deviations (Flow-GRPO: biased + 1e-4; DanceGRPO: unbiased + 1e-8).
     """
     r = reward.double().unflatten(0, (-1, group_size))  # (P, K) or (P, K, S)
     equal = (r == r[:, :1]).all(1, keepdim=True)
     centred = torch.where(equal, 0.0, r - r.mean(1, keepdim=True))
     if mode == "group":
-        adv = centred / (r.std(1, correction=0, keepdim=True) + 1e-4)
+        adv = centred / (r.std(1, correction=int(unbiased), keepdim=True) + eps)
     elif mode == "global":
-        adv = centred / (gather(reward).double().std(0, correction=0) + 1e-4)
+        adv = centred / (gather(reward).double().std(0, correction=int(unbiased)) + eps)
     elif mode == "rloo":
         adv = centred * group_size / (group_size - 1)
     else:
@@ -666,15 +679,17 @@ class Optimiser:
     """AdamW on theta, and on phi where a method has one: loss scaling, clipping, averaging, bad steps counted.
 
     parts: [(weights, learning rate, clipping norm), ...], theta first; adam: AdamW's other settings; a `scaler` is for
-    float16 networks, whose small gradients would be 0 without it.
+    float16 networks, whose small gradients would be 0 without it.  ema_warmup: see _average().
     """
 
-    def __init__(self, parts, adam: dict, ema_decay=0.0, ema_every=1, scaler=None, max_bad_steps=5):
+    def __init__(self, parts, adam: dict, ema_decay=0.0, ema_every=1, ema_warmup=False, ema_repeats=1, scaler=None,
+                 max_bad_steps=5):  # fmt: skip
         self.params, self.scaler = parts[0][0], scaler
         self.parts = [(torch.optim.AdamW(weights, lr=lr, **adam), weights, norm) for weights, lr, norm in parts]
         for p in [p for _, weights, _ in self.parts for p in weights] if world() > 1 else ():
             dist.broadcast(p.data, 0)  # the processes stay equal because they start equal and apply equal gradients
         self.ema, self.ema_every = EMA(self.params, ema_decay) if ema_decay else None, ema_every
+        self.ema_warmup, self.ema_repeats = ema_warmup, ema_repeats
         self.steps, self.bad_steps, self.max_bad_steps = 0, 0, max_bad_steps
 
     def backward(self, loss: torch.Tensor) -> None:
@@ -693,9 +708,20 @@ class Optimiser:
                 f"stopped: {self.bad_steps} updates in a row had a NaN or infinite gradient; "
                 "the last checkpoint is intact; try a smaller --lr"
             )
-        if self.ema and taken and self.steps % self.ema_every == 0:
-            self.ema.update()
+        if self.ema and taken:
+            self._average()
         return [norm for norm, _ in done]
+
+    def _average(self) -> None:
+        """Every ema_every steps; with ema_warmup by min((1 + s) / (10 + s), d) after s steps, at s = 7, 15, ... of 8.
+
+        ref-code: Flow-GRPO and its descendants average in every micro-batch of such a step, ema_repeats times.
+        """
+        s, every = self.steps, self.ema_every
+        if self.ema_warmup and (s + 1) % every == 0:
+            self.ema.update(min((1 + s) / (10 + s), self.ema.decay) ** self.ema_repeats)
+        elif not self.ema_warmup and s % every == 0:
+            self.ema.update()
 
     def averaged(self):
         """Context in which theta is its EMA, where there is one."""

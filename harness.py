@@ -7,6 +7,7 @@ recorder.epochs() and recorder.end_epoch() the paper's algorithm.
 
 import argparse
 import csv
+import hashlib
 import json
 import math
 import os
@@ -24,6 +25,11 @@ from pathlib import Path
 import torch
 from torch import nn
 
+try:
+    import fcntl
+except ImportError:  # no file locks on Windows
+    fcntl = None
+
 import common
 from common import UsageError, all_reduce, gather
 
@@ -39,7 +45,8 @@ TINY = dict(  # the embedded models' experiment, in every script: coloured shape
     prompts="prompts/shapes_train.txt", eval_prompts="prompts/shapes_heldout.txt",
     reward="shapes", eval_rewards="shapes-strict", eval_images=256,
     max_sequence_length=10, steps=10, eval_steps=None, cfg=1.0, num_prompts=8, group_size=8,
-    updates_per_epoch=1, ema_decay=0.9, ema_every=1, lora_rank=16, lora_alpha=16, lora_targets="attention+mlp",
+    updates_per_epoch=1, ema_decay=0.9, ema_every=1, ema_warmup=False,
+    lora_rank=16, lora_alpha=16, lora_targets="attention+mlp",
     micro_batch_size=64, decode_batch_size=64, reward_batch_size=256,
 )  # fmt: skip
 # flags that may change when a run is resumed: none of them enters the mathematics
@@ -48,8 +55,8 @@ RESUMABLE = {
     "eval_every", "device", "wandb", "dry_run", "gradient_checkpointing", "offload_text_encoders", "runs", "preset",
 }  # fmt: skip
 DERIVED = {  # what parse() adds to the flags: not part of args.json
-    "prompt_list", "eval_prompt_list", "backbone", "argv", "changed", "run_dir", "made_dir", "resume", "dry_run",
-    "paths", "eval_paths",
+    "prompt_list", "eval_prompt_list", "backbone", "argv", "changed", "note", "run_dir", "made_dir", "resume",
+    "dry_run", "paths", "eval_paths",
 }  # fmt: skip
 
 
@@ -165,7 +172,9 @@ def add_args(parser) -> None:
     flag("--max-grad-norm", 1.0, "float > 0 or inf", "gradient norm clipped at (VMPO: 1, App. D)")
     flag("--logprob-reduce", "mean", ["mean", "sum"], "over a latent's scalars: mean (public code) or sum (density)")
     flag("--ema-decay", 0.0, "float in [0, 1)", "decay of the averaged, exported LoRA (Flow-GRPO: 0.9); 0 = off")
-    flag("--ema-every", 8, "int >= 1", "optimiser steps between two averagings (Flow-GRPO: 8)")
+    flag("--ema-every", 8, "int >= 1", "optimiser steps between two averagings (Flow-GRPO: 8; VMPO, NFT: 1)")
+    flag("--ema-warmup", True, "yes/no", "decay min((1 + s) / (10 + s), d) after s steps (all official codes)")
+    flag("--ema-repeats", 1, "int >= 1", "averagings at once, in the micro-batches of a step (Flow-GRPO: 2)")
     flag("--max-bad-steps", 5, "int >= 0", "updates with a NaN or infinite gradient, skipped before the run stops")
     flag("--ratio-tolerance", None, "float > 0 or inf",
          "largest |log ratio| right after a rollout; default 1e-4, in half precision 1e-2")  # fmt: skip
@@ -192,6 +201,7 @@ def add_args(parser) -> None:
     flag("--name", "", "text", "name of the run folder; default METHOD_REWARD_sSEED_TIME")
     flag("--resume", "", "text", "go on with this run from its last checkpoint, with its own flags", metavar="RUN")
     flag("--eval-images", 64, "int >= 0", "held-out images, same noise every time, of every evaluation; 0 = none")
+    flag("--eval-cfg", None, "float finite", "guidance of evaluations (AWM's and NFT's codes: 1); default --cfg")
     flag("--eval-steps", None, "int >= 1", "sampler steps of evaluations (Flow-GRPO: 40 for SD3.5); default --steps")
     flag("--eval-kernel", "ode", ["ode", "same"], "ode = deterministic, what users run (Flow-GRPO); same = --kernel")
     flag("--eval-every", 0, "int >= 0", "epochs between evaluations; 0 = before and after only")
@@ -214,12 +224,14 @@ def parse(parser, presets: dict[str, dict], argv, rewards, check, sizes) -> argp
     name = explicit.get("preset", defaults["preset"])
     if name and name not in presets:
         parser.error(f"--preset {name} is unknown; this script has {', '.join(presets)}")
-    preset = presets.get(name, {})
+    preset = dict(presets.get(name, {}))
+    note = preset.pop("note", "")  # what differs from the authors' run, and why
     if unknown := set(preset) - set(defaults):
         raise AssertionError(f"preset {name} names flags that do not exist: {unknown}")
     args = argparse.Namespace(**(defaults | preset | explicit))
     args.argv = list(sys.argv[1:] if argv is None else argv)
     args.changed = {k: [preset[k], v] for k, v in explicit.items() if k in preset and preset[k] != v}
+    args.note = f"preset {name}: {note}" if note else ""
     try:
         if args.resume:
             args = resumed_args(parser.prog.removesuffix(".py"), args, explicit)
@@ -246,8 +258,6 @@ def resumed_args(method: str, args, explicit: dict) -> argparse.Namespace:
         advice = "give the folder that holds checkpoints/"
         raise UsageError(f"{what} is not a run folder (no readable args.json); {advice}") from None
     need(owner == method, f"{what} is a run of {owner}.py, not of {method}.py", "resume it with that script")
-    complete = (folder / "checkpoints" / "last" / "state.pt").exists()
-    need(complete, f"{what} has no complete checkpoint yet", "start it again without --resume")
     for key, value in explicit.items():
         flag, same = "--" + key.replace("_", "-"), key in RESUMABLE or own.get(key) == value
         differs = f"{flag} {value} differs from the resumed run's {own.get(key)}"
@@ -271,6 +281,8 @@ def check_args(args) -> None:
     if len(args.prompt_list) < args.num_prompts:
         have = f"--prompts has {len(args.prompt_list)} prompts, fewer than --num-prompts {args.num_prompts}"
         print(f"note: {have}; they repeat within an epoch")
+    plain = args.name == Path(args.name).name and len(args.name) <= 200
+    need(plain, f"--name {args.name[:60]} is no name of a folder", "use at most 200 characters without /")
     runs = Path(args.runs).absolute()
     parent = next(p for p in [runs, *runs.parents] if p.exists())
     wrong = f"--runs {args.runs} cannot be written ({parent} is not a writable folder)"
@@ -278,11 +290,16 @@ def check_args(args) -> None:
 
 
 def check_processes(args) -> None:
-    world, prompts, device = max(1, int(os.environ.get("WORLD_SIZE", 1))), args.num_prompts, args.device
+    ranks = [os.environ.get(key, "1") for key in ("WORLD_SIZE", "RANK", "LOCAL_RANK")]
+    sane = all(value.isdigit() for value in ranks)
+    need(sane, f"WORLD_SIZE, RANK, LOCAL_RANK are {', '.join(ranks)}", "start several processes with torchrun")
+    world, prompts, device = max(1, int(ranks[0])), args.num_prompts, args.device
     numbered = device.startswith("cuda:")
     need(not numbered or world == 1, f"--device {device} would put all processes on one GPU", "leave it out")
     known = numbered or device in ("auto", "cpu", "cuda")
     need(known, f"--device {device} is unknown", "use auto, cpu, cuda or cuda:N")
+    there = not device.startswith("cuda") or torch.cuda.is_available()
+    need(there, f"--device {device}: there is no CUDA device", "use --device cpu, or a torch built for CUDA")
     fewer = max(w for w in range(1, min(prompts, world) + 1) if prompts % w == 0)
     more = world * (prompts // world + 1)
     wrong = f"{world} processes do not divide --num-prompts {prompts}"
@@ -314,7 +331,7 @@ def check_sampler(args) -> None:
     train = args.train_steps = int(steps * args.train_fraction + 1e-9) if math.isfinite(args.train_fraction) else 0
     left = f"--train-fraction {args.train_fraction} of {steps} steps is {train}"
     need(1 <= train <= steps, left, f"it must leave 1 to {steps}")
-    args.eval_steps = args.eval_steps or steps
+    args.eval_steps, args.eval_cfg = args.eval_steps or steps, args.cfg if args.eval_cfg is None else args.eval_cfg
 
 
 def check_updates(args, rows: int, what: str = "transitions") -> None:
@@ -458,7 +475,8 @@ def print_sizes(args, rows: dict[str, str]) -> None:
     """The sizes that follow from the flags (`rows` are the method's), and the memory apart from activations."""
     samples, updates = args.num_prompts * args.group_size, args.updates_per_epoch * args.inner_epochs
     lists = f"{len(args.prompt_list)} for training, {len(args.eval_prompt_list)} for evaluation"
-    lines = {
+    lines = {"note": args.note} if args.note else {}
+    lines |= {
         "model": f"{args.model} ({args.model_path}), kernel {args.kernel}, noise level {args.noise_level}",
         "prompts": lists,
         "steps": f"{args.steps}, of which {args.train_steps} are trained; evaluation {args.eval_steps}",
@@ -501,16 +519,21 @@ def run_main(main, parse_args, usage_error: type[Exception]) -> None:
     try:
         main(args)
     except (UsageError, usage_error) as problem:
-        if made := getattr(args, "made_dir", None):  # nothing ran yet: the corrected command may use the name
-            shutil.rmtree(made, ignore_errors=True)
         print(f"{Path(sys.argv[0]).name}: error: {problem}", file=sys.stderr)
         sys.exit(2)
+    except OSError as problem:  # a full disk, a folder that cannot be written
+        where = getattr(args, "run_dir", "")
+        what = f"stopped: {problem}; mend it and go on with --resume {where}"
+        print(f"{Path(sys.argv[0]).name}: {what}", file=sys.stderr)
+        sys.exit(1)
     except KeyboardInterrupt:
         where = getattr(args, "run_dir", None)
         saved = where and (Path(where) / "checkpoints" / "last").exists()
         print("\nstopped" + (f"; continue with --resume {where}" if saved else ""), file=sys.stderr)
         sys.exit(130)
     finally:
+        if made := getattr(args, "made_dir", None):  # no epoch was done: the corrected command may use the name
+            shutil.rmtree(made, ignore_errors=True)
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
 
@@ -535,20 +558,45 @@ def setup(args, method: str) -> Run:
     what = f"{news[0]} holds a run already; continue it with --resume {news[0]}"
     need(args.resume or not news[1], f"{what}, or choose another --name")
     folder = Path(args.resume or news[0])
+    if rank == 0:
+        args.made_dir = None if folder.exists() else str(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        lock(folder)
     args.run_dir = str(folder)
     run = Run(folder, device, dtype, rank, world, method=method)
     if run.is_main:
         if not args.resume:
             make_folder(args, run)
         print(f"run folder {folder}  device {device}  dtype {dtype} ({reason})  processes {world}")
+        if args.note:
+            print(args.note)
         for key, (was, now) in args.changed.items():
             print(f"  --{key.replace('_', '-')} {now}  (preset {args.preset}: {was})")
     return run
 
 
+LOCKS = {}  # of this process: an open file each, which the system unlocks when the process ends, however it ends
+
+
+def lock(folder: Path) -> None:
+    """UsageError if another process writes to this run folder; it says which."""
+    if fcntl is None or str(folder.resolve()) in LOCKS:
+        return
+    file = (folder / "lock").open("a+")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        file.seek(0)
+        busy = f"{folder} is in use by {file.read().strip() or 'another process'}"
+        raise UsageError(f"{busy}; wait for its end, or choose another --name") from None
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {platform.node()}\n")
+    file.flush()
+    LOCKS[str(folder.resolve())] = file
+
+
 def make_folder(args, run: Run) -> None:
     """The run folder with args.json, command.txt, versions.json and copies of the scripts."""
-    args.made_dir = None if run.dir.exists() else str(run.dir)
     for name in ("samples", "checkpoints"):
         (run.dir / name).mkdir(parents=True, exist_ok=True)
     plain = {k: v for k, v in vars(args).items() if k not in DERIVED}
@@ -587,10 +635,19 @@ def versions() -> dict[str, str]:
     return found | ({"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {})
 
 
-def write_json(path: Path, value) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(value, indent=1) + "\n")
+@contextmanager
+def complete(path: Path):
+    """A temporary path, which becomes `path` when all is written and on the disk: complete or as it was."""
+    temporary = path.with_name(f".{path.stem}.tmp{path.suffix}")
+    yield temporary
+    with temporary.open("rb+") as f:
+        os.fsync(f.fileno())
     temporary.replace(path)
+
+
+def write_json(path: Path, value) -> None:
+    with complete(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=1) + "\n")
 
 
 # ---- model and optimiser from the flags --------------------------------------
@@ -602,7 +659,11 @@ def load_policy(args, run: Run) -> common.Policy:
     for library in (diffusers.utils.logging, transformers.utils.logging):
         library.set_verbosity_error()
         library.disable_progress_bar()
-    pipe = args.backbone.load(args.model_path, {"default": run.dtype, "vae": torch.float32}, args.t5)
+    try:
+        pipe = args.backbone.load(args.model_path, {"default": run.dtype, "vae": torch.float32}, args.t5)
+    except Exception as problem:  # truncated, missing or foreign files: whatever the libraries raise
+        said = " ".join([type(problem).__name__, *str(problem).split()])[:300]
+        raise UsageError(f"--model {args.model} cannot be loaded ({said}); fetch its files again") from None
     policy = common.Policy(
         pipe, run.device, run.dtype, args.resolution, args.max_sequence_length, args.decode_batch_size,
         args.detach_uncond, args.offload_text_encoders,
@@ -623,21 +684,21 @@ def make_optimiser(args, run: Run, theta: list[nn.Parameter], *others) -> common
     adam = dict(betas=(args.adam_beta1, args.adam_beta2), eps=args.adam_eps, weight_decay=args.weight_decay)
     scaler = torch.amp.GradScaler(run.device.type, init_scale=1024.0) if run.dtype == torch.float16 else None
     parts = [(theta, args.lr, args.max_grad_norm), *others]
-    return common.Optimiser(parts, adam, args.ema_decay, args.ema_every, scaler, args.max_bad_steps)
+    ema = (args.ema_decay, args.ema_every, args.ema_warmup, args.ema_repeats)
+    return common.Optimiser(parts, adam, *ema, scaler, args.max_bad_steps)
 
 
-def epoch_batch(args, policy, epoch: int, draws: int | None = None) -> common.Batch:
+def epoch_batch(args, policy, epoch: int, draws: int | None = None, blocks: int = 0) -> common.Batch:
     """common.epoch_batch with the flags' sizes; `draws` is --steps unless given."""
     draws, sizes = args.steps if draws is None else draws, (args.num_prompts, args.group_size)
-    return common.epoch_batch(policy, args.prompt_list, epoch, args.seed, *sizes, draws, args.shared_noise)
+    return common.epoch_batch(policy, args.prompt_list, epoch, args.seed, *sizes, draws, args.shared_noise, blocks)
 
 
-def epoch_updates(args, batch: common.Batch, steps: list[int], epoch: int) -> list[torch.Tensor]:
+def epoch_updates(args, batch: common.Batch, steps: list[int], epoch: int, each: int = 0) -> list[torch.Tensor]:
     """The rows of each optimiser step of the epoch: shuffled rows of one pass (--inner-epochs) after the other."""
-    samples, updates = args.num_prompts * args.group_size, args.updates_per_epoch
-    passes = range(args.inner_epochs)
-    keys = [(args.seed, epoch, inner) for inner in passes]
-    return [part for key in keys for part in common.shuffled_rows(batch.indices, samples, steps, updates, *key)]
+    sizes = (batch.indices, args.num_prompts * args.group_size, steps, args.updates_per_epoch)
+    keys = [(args.seed, epoch, inner) for inner in range(args.inner_epochs)]
+    return [part for key in keys for part in common.shuffled_rows(*sizes, *key, each=each)]
 
 
 # ---- statistics of an epoch --------------------------------------------------
@@ -719,7 +780,7 @@ def draw(policy, args, indices) -> tuple[torch.Tensor, list[common.Prompt]]:
     for start in range(0, len(indices), args.micro_batch_size):
         rows = slice(start, start + args.micro_batch_size)
         noise = common.sample_noise(0, "held-out", indices[rows], grid.steps, policy.latent_shape, policy.device)
-        path = common.rollout(policy, grid, cond[rows], noise, args.cfg, len(noise), desc="")
+        path = common.rollout(policy, grid, cond[rows], noise, args.eval_cfg, len(noise), desc="")
         images.append(policy.decode(path.x[:, -1]).cpu())
     return torch.cat(images), prompts
 
@@ -785,9 +846,8 @@ def image_grid(images, captions: list[str], path: Path, columns: int = 8, pairs:
                 lines.append("")
             lines[-1] = (lines[-1] + " " + word).strip()
         pen.multiline_text((x, y), "\n".join(lines[:2]), fill="black", font=font, spacing=1)
-    temporary = path.with_suffix(".tmp.png")
-    sheet.save(temporary)
-    temporary.replace(path)
+    with complete(path) as temporary:
+        sheet.save(temporary)
 
 
 def plot_curve(rows: list[dict[str, float]], path: Path, title: str) -> None:
@@ -813,10 +873,9 @@ def plot_curve(rows: list[dict[str, float]], path: Path, title: str) -> None:
     axis.legend()
     axis.grid(alpha=0.3)
     figure.tight_layout()
-    temporary = path.with_suffix(".tmp.png")
-    figure.savefig(temporary, dpi=110)
+    with complete(path) as temporary:
+        figure.savefig(temporary, dpi=110)
     pyplot.close(figure)
-    temporary.replace(path)
 
 
 # ---- log ---------------------------------------------------------------------
@@ -828,9 +887,11 @@ class Logger:
         if not run.is_main:
             return
         kept = []
-        if self.path.exists():  # a resumed run: drop what was logged after the checkpoint
-            kept = [r for r in csv.DictReader(self.path.open(newline="")) if int(r["epoch"]) <= run.start_epoch]
-        with self.path.open("w", newline="") as f:
+        if self.path.exists() and run.start_epoch:  # a resumed run: drop what was logged after the checkpoint
+            with self.path.open(newline="") as f:
+                whole = [row for row in csv.DictReader(f) if None not in row.values()]  # a kill may tear the last one
+            kept = [row for row in whole if int(row["epoch"]) <= run.start_epoch]
+        with complete(self.path) as temporary, temporary.open("w", newline="") as f:
             writer = csv.DictWriter(f, self.keys)
             writer.writeheader()
             writer.writerows(kept)
@@ -876,19 +937,61 @@ def save(run: Run, policy, epoch: int, state: dict, ema: common.EMA | None) -> N
         return
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    with ema.applied() if ema else nullcontext():
-        common.export_lora(policy, temporary)
-    torch.save(state | {"epoch": epoch}, temporary / "state.pt")
+    try:
+        with ema.applied() if ema else nullcontext():
+            common.export_lora(policy, temporary)
+        torch.save(state | {"epoch": epoch}, temporary / "state.pt")
+    except (OSError, RuntimeError, ValueError) as problem:  # torch and safetensors have their own for a full disk
+        raise OSError(f"{final} could not be written ({problem})") from problem
+    write_json(temporary / "manifest.json", {file.name: digest(file) for file in temporary.iterdir()})
+    for file in temporary.iterdir():
+        with file.open("rb+") as f:
+            os.fsync(f.fileno())
     temporary.rename(final)
-    link = root / ".last"
+    point_to(final)
+
+
+def digest(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def point_to(checkpoint: Path) -> None:
+    """checkpoints/last -> the newest one."""
+    link = checkpoint.with_name(".last")
     link.unlink(missing_ok=True)
-    link.symlink_to(final.name)
-    link.replace(root / "last")
+    link.symlink_to(checkpoint.name)
+    link.replace(checkpoint.with_name("last"))
 
 
-def load(folder: str | Path) -> dict:
-    """The state of a run folder's last checkpoint, on the CPU (the optimisers move what they need)."""
-    return torch.load(Path(folder) / "checkpoints" / "last" / "state.pt", map_location="cpu", weights_only=True)
+def load(folder: str | Path) -> dict | None:
+    """The state of a run's newest intact checkpoint, on the CPU; None where there is none.
+
+    Damaged ones are named and set aside, so that the run can write them anew.
+    """
+    root = Path(folder) / "checkpoints"
+    newest = sorted(root.glob("epoch_????"), reverse=True)
+    for checkpoint in newest:
+        if not (problem := damage(checkpoint)):
+            point_to(checkpoint)  # a kill may have fallen between a checkpoint and its link
+            return torch.load(checkpoint / "state.pt", map_location="cpu", weights_only=True)
+        print(f"note: {checkpoint} is damaged ({problem}) and set aside as {checkpoint.name}.damaged")
+        shutil.rmtree(checkpoint.with_name(f"{checkpoint.name}.damaged"), ignore_errors=True)
+        checkpoint.rename(checkpoint.with_name(f"{checkpoint.name}.damaged"))
+    return None
+
+
+def damage(checkpoint: Path) -> str:
+    """What is wrong with a checkpoint's files, or ""."""
+    try:
+        manifest = json.loads((checkpoint / "manifest.json").read_text())
+        for name, wanted in manifest.items():
+            if digest(checkpoint / name) != wanted:
+                return f"{name} was altered"
+    except FileNotFoundError as problem:
+        return f"{Path(problem.filename).name} is missing"
+    except (OSError, ValueError, AttributeError) as problem:
+        return f"manifest.json: {problem}"
+    return ""
 
 
 # ---- what happens around every method's epochs -------------------------------
@@ -901,17 +1004,21 @@ class Recorder:
         self.run, self.args, self.policy, self.optimiser = run, args, policy, optimiser
         (self.reward, self.more), self.failure = scorers, failure
         self.metrics, self.modules = metrics, modules or {}
-        if args.resume:
-            state = load(run.dir)
-            done = f"epoch {state['epoch']} of {args.epochs} is done"
-            need(state["epoch"] < args.epochs, f"--resume {run.dir}: {done}; give a larger --epochs to go on")
+        state = load(run.dir) if args.resume and run.is_main else None
+        if run.world > 1:
+            torch.distributed.barrier()  # the first process sets damaged checkpoints aside
+        state = load(run.dir) if args.resume and not run.is_main else state
+        if state:
+            done = f"--resume {run.dir}: epoch {state['epoch']} of {args.epochs} is done"
+            finished = (run.dir / "summary.json").exists()  # else a kill fell before it
+            more = state["epoch"] < args.epochs or state["epoch"] == args.epochs and not finished
+            need(more, done, "give a larger --epochs to go on")
             optimiser.load_state_dict(state["theta"])
             for name, module in self.modules.items():
                 module.load_state_dict(state[name])
             run.start_epoch = state["epoch"]
         terms = [f"reward/{t.name}" for t in self.reward.terms]
         held = [f"eval/{t.name}" for r in scorers if r for t in r.terms]
-        args.made_dir = None  # from here on the folder is worth keeping
         keys = ["reward/mean", "reward/std", *terms, *metrics.columns, "grad/bad_steps", "calls/network"]
         keys += ["time/rollout", "time/reward", "time/update", "mem/peak_gb", "eval/reward", "eval/reward_se", *held]
         self.logger, self.calls, self.clock = Logger(run, args, keys), 0, []
@@ -975,6 +1082,7 @@ class Recorder:
             row |= held_out_metrics(scores, args, run, done)
         self.logger.log(done, row)
         self.bar.set_postfix(reward=f"{row['reward/mean']:.3f}", kl=f"{row.get('kl/ref', math.nan):.1e}")
+        args.made_dir = None  # from here on the folder is worth keeping
         if last or args.save_every and done % args.save_every == 0:
             self._save(done)  # after the log: a resumed run drops the rows that came after its checkpoint
 
@@ -1019,11 +1127,11 @@ def finish(run: Run, args, policy, logger: Logger) -> None:
     summary = {"seed": args.seed, "epochs": args.epochs, "seconds": round(seconds, 1), "images": args.eval_images}
     summary["command"] = (run.dir / "command.txt").read_text().strip()
     gains, scores = compare_scores(args, run)
-    write_json(run.dir / "summary.json", summary | gains)
     if args.eval_images < len(prompts):
         scores = None  # not all of these images were scored
     texts, picture = [p.text for p in prompts], run.dir / "before_after.png"
     image_grid(pairs, texts, picture, columns=4, pairs=True, scores=scores)
+    write_json(run.dir / "summary.json", summary | gains)  # last: where it is, the run is finished
     print(f"curve     {run.dir / 'curve.png'}")
     print(f"pictures  {picture}")
     print(f"LoRA      pipe.load_lora_weights('{run.dir / 'checkpoints' / 'last'}')")

@@ -84,12 +84,12 @@ SIZES = [  # the papers' experiments: what --dry-run must say
                                      "6528 images"]),  # 128 x (50 + 1): Diff scores every step and the end
     ("grpo", "--preset vmpo-baseline-sd15-hpsv2", ["128 = 16 prompts x 8", "6400, 3200 per update", "all 50",
                                                    "128 images", "12800 in the rollout, 0 of the reference, 12800 w"]),
-    ("grpo", "--preset ddpo-sd15", ["256 = 16 prompts x 16", "12800, 3200 per update", "4 per epoch, 400 in all"]),
+    ("grpo", "--preset ddpo-sd15", ["256 = 256 prompts x 1", "12800, 6400 per update", "2 per epoch, 400 in all"]),
     ("grpo", "--preset flowgrpo-sd35-ocr --prompts prompts/ocr_test.txt",
      ["1152 = 48 prompts x 24", "10368, 5184 per update", "23040 in the rollout, 20736 of the reference, 20736 with"]),
     ("grpo", "--preset flowgrpo-fast --prompts prompts/ocr_test.txt",
      ["3 of 10, random", "11520 in the rollout, 0 of the reference, 3456 with gradient", "3456, 1728 per update"]),
-    ("grpo", "--preset pcpo-sd15", ["128 = 8 prompts x 16", "6400, 3200 per update"]),
+    ("grpo", "--preset pcpo-sd15", ["128 = 8 prompts x 16", "6272, 3136 per update"]),
     ("awm", "--preset awm-ocr --prompts prompts/ocr_test.txt",
      ["1152 = 48 prompts x 24", "4 per image, law discrete", "2 per epoch",
       "23040 in the rollout, 4608 with gradient, 4608 of the reference, 2304 of the old policy"]),
@@ -253,7 +253,7 @@ def readme_commands():
 
 
 UNSHIPPED = {"sd15-imagereward": "drawbench.txt", "geneval": "geneval_train.jsonl", "pickscore": "pickscore_train.txt",
-             "ocr": "ocr_train.txt", "sd35-ocr-release": "ocr_train.txt", "flowgrpo-fast": "ocr_train.txt",
+             "ocr": "ocr_train.txt", "sd35-ocr-release": "ocr_train.txt", "flowgrpo-fast": "geneval_train.jsonl",
              "guard": "ocr_train.txt"}  # fmt: skip
 
 

@@ -261,7 +261,7 @@ def test_groups_go_by_position():
 # ---- the optimiser --------------------------------------------------------------------------------------------------
 def adam(**changes):
     plain = dict(lr=0.1, adam_beta1=0.9, adam_beta2=0.999, adam_eps=1e-8, weight_decay=0.01, max_grad_norm=1.0,
-                 ema_decay=0.5, ema_every=2, max_bad_steps=2)  # fmt: skip
+                 ema_decay=0.5, ema_every=2, ema_warmup=False, ema_repeats=1, max_bad_steps=2)  # fmt: skip
     return SimpleNamespace(**(plain | changes))
 
 
