@@ -26,13 +26,13 @@ Algorithm, one epoch (the loop below repeats the numbers):
                 EPG, PCPO or Guard                                      RSM Eq. 105, 100
      4c         + beta KL, on the means or the outputs;  AdamW          VMPO Eq. 22
   5 log, checkpoint, evaluation with the same noise every time
-Differs from the papers: nowhere in the losses.  DDPO's running per-prompt statistics
-       are replaced by those of the epoch's group.
+Differs from the papers: nowhere in the losses.
 Differs from public code: the old log-probs are the rollout's own, never theta's;
        those of CPS are log-densities (theirs leave 1 / 2 sigma^2 out); a group is an
        integer, not a text; Guard's bias is per sample (theirs is averaged over the
        batch); a window of SDE steps lasts an epoch, not a call of the sampler; log
-       ratios lose no digits.
+       ratios lose no digits; an update takes random transitions, not whole images,
+       and prompts come in shuffled passes, not in independent draws.
 Run:   python grpo.py --preset tiny-sd15        # embedded model, CPU, minutes, no downloads
        python grpo.py --preset vmpo-baseline-sd15-hpsv2     # the GRPO row of VMPO's Table 1
        torchrun --nproc-per-node 8 grpo.py --preset flowgrpo-sd35-ocr
@@ -52,40 +52,60 @@ from harness import need
 TINY = harness.TINY | dict(loss="grpo", adv_norm="group", kl="mean", kl_anchor="ref", beta=0.05)
 SD35 = dict(
     model="sd3.5-medium", num_prompts=48, group_size=24, steps=10, eval_steps=40,
-    cfg=4.5, noise_level=0.7, lora_rank=32, lora_alpha=64, ema_decay=0.9,
-    adv_norm="global", kl="mean-nodt", kl_anchor="ref", beta=0.04,
-    max_sequence_length=128, micro_batch_size=4,
+    cfg=4.5, noise_level=0.7, lora_rank=32, lora_alpha=64, ema_decay=0.9, ema_repeats=2,
+    adv_norm="global", drop_zero_advantage=True, kl="mean-nodt", kl_anchor="ref", beta=0.04,
+    max_sequence_length=128, micro_batch_size=4, dtype="float16",
+    note="150 epochs (theirs: until stopped), because a run must end",
 )  # fmt: skip
 OCR = SD35 | dict(reward="ocr", prompts="prompts/ocr_train.txt", eval_prompts="prompts/ocr_test.txt")
+GENEVAL = SD35 | dict(
+    reward="geneval-reward-flowgrpo", prompts="prompts/geneval_train.jsonl",
+    eval_prompts="prompts/geneval_official.jsonl", eval_rewards="geneval",
+)  # fmt: skip
 PRESETS = {
-    # DDPO, Section 5: aesthetic reward, 45 animals, 256 images and 4 updates an epoch; no KL
+    # DDPO: aesthetic reward, 45 animals; aesthetic() of its code's config/dgx.py; no KL
     "ddpo-sd15": dict(
-        loss="ddpo", reward="aesthetic", prompts="prompts/simple_animals.txt",
-        num_prompts=16, group_size=16, updates_per_epoch=4, adv_norm="group", kl="none", epochs=100,
+        loss="ddpo", reward="aesthetic", prompts="prompts/simple_animals.txt", num_prompts=256,
+        group_size=1, adv_norm="running", adv_eps=1e-6, kl="none", epochs=200, dtype="float16",
+        note="SD 1.5 for the authors' SD 1.4: one model for all SD1.x runs",
     ),
     # Flow-GRPO: SD3.5-M, text rendering and GenEval; KL weight of the released configuration
     "flowgrpo-sd35-ocr": OCR,
-    "flowgrpo-sd35-geneval": SD35 | dict(
-        reward="geneval-reward-flowgrpo", prompts="prompts/geneval_train.jsonl",
-        eval_prompts="prompts/geneval_official.jsonl", eval_rewards="geneval",
-    ),
-    # Flow-GRPO-Fast as released for SD3.5 without guidance: three CPS steps in the noisy half,
-    # no KL.  Its 1e-5 clips a log-prob without our 1 / 2 sigma^2; in steps 0-4 2 sigma^2 is
-    # 1.67 ... 0.91, so that 1e-5 is nearly the same here
-    "flowgrpo-fast": OCR | dict(
+    "flowgrpo-sd35-geneval": GENEVAL,
+    # Flow-GRPO-Fast as released for SD3.5 without guidance: GenEval, three CPS steps in the
+    # noisy half, no KL.  Its 1e-5 clips a log-prob without our 1 / 2 sigma^2; in steps 0-4
+    # 2 sigma^2 is 1.67 ... 0.91, so that 1e-5 is nearly the same here
+    "flowgrpo-fast": GENEVAL | dict(
         kernel="cps", noise_level=0.8, cfg=1.0, kl="none", clip_range=1e-5,
         sde_window=3, sde_window_mode="random", sde_window_range=[0, 5],
+        note="150 epochs (theirs: until stopped); one window an epoch (theirs: per 9 images), to resume",
     ),
     # GRPO-Guard: released configuration
-    "guard": OCR | dict(loss="guard", clip_range=2e-6, lr=1e-4, kl="none", adv_norm="group"),
+    "guard": OCR | dict(
+        loss="guard", clip_range=2e-6, lr=1e-4, kl="none", adv_norm="group", ema_repeats=4,
+        note="150 epochs (theirs: until stopped); each image's own bias, as the paper, not the batch's",
+    ),
+    # DanceGRPO: finetune_flux_grpo.sh; 9 of the first 15 steps drawn for each image, no KL
+    "dance-sd35": SD35 | dict(
+        num_prompts=16, group_size=12, steps=16, train_fraction=0.9375, random_steps=9,
+        kernel="dance", noise_level=0.3, shared_noise=True, kl="none", ema_decay=0.0,
+        adv_norm="group", adv_eps=1e-8, adv_unbiased=True, drop_zero_advantage=False,
+        updates_per_epoch=3, epochs=300, dtype="bfloat16",
+        note="theirs is FLUX, 720 pixels, all weights, 103k prompts: size, LoRA, lr, cfg are Flow-GRPO's",
+    ),
     # PCPO on SD1.5: the baseline configuration of Reward Score Matching's code
     "pcpo-sd15": dict(
-        loss="pcpo", num_prompts=8, group_size=16, adv_norm="group", kl="none",
-        lora_rank=16, lora_alpha=16, epochs=300,
+        loss="pcpo", num_prompts=8, group_size=16, adv_norm="group", adv_eps=1e-8, kl="none",
+        train_fraction=0.98, shared_blocks=2, lora_rank=16, lora_alpha=16, epochs=300,
+        eval_kernel="same", dtype="float16",
+        note="8 prompts in all (theirs: on each GPU), HPDv2's benchmark for its unshipped training list",
     ),
     # the GRPO rows of VMPO's Tables 1 and 2: Flow-GRPO's code with groups of 8, the rest as
     # VMPO (App. D); the defaults
-    "vmpo-baseline-sd15-hpsv2": dict(eval_prompts="prompts/benchmark_ir.txt"),
+    "vmpo-baseline-sd15-hpsv2": dict(
+        eval_prompts="prompts/benchmark_ir.txt",
+        note="std of all rewards and KL to the old policy are our reading: the paper does not say",
+    ),
     # the embedded models: coloured shapes on a CPU (ours; docs/grpo.md)
     "tiny": TINY | dict(model="tiny-sd35", train_fraction=0.6, lr=4e-4, epochs=200),
     "tiny-sd15": TINY | dict(model="tiny-sd15", train_fraction=0.7, lr=1e-3, epochs=120),
@@ -107,13 +127,15 @@ def parse_args(argv=None):
     flag = harness.flags(parser, "method")
     losses = ["reinforce", "ddpo", "grpo", "epg", "pcpo", "guard"]
     flag("--loss", "grpo", losses, "reinforce: DPOK; ddpo: DDPO-IS; grpo: Flow-, Dr.GRPO (docs/grpo.md)")
-    norms = ["group", "global", "none", "rloo", "raw"]
-    flag("--adv-norm", "global", norms, "under A: std of the group (GRPO), of all (Flow-GRPO), 1 (Dr.GRPO)")
+    norms = ["group", "global", "none", "rloo", "raw", "running"]
+    under = "under A: std of the group (GRPO), of all (Flow-GRPO), 1 (Dr.GRPO), of the prompt (DDPO)"
+    flag("--adv-norm", "global", norms, under)
+    flag("--adv-eps", 1e-4, "float > 0", "added to the std (Flow-GRPO: 1e-4; DDPO: 1e-6; DanceGRPO: 1e-8)")
+    flag("--adv-unbiased", False, "yes/no", "std with K - 1 for K (DanceGRPO)")
+    flag("--drop-zero-advantage", False, "yes/no", "rows with A = 0 leave policy and KL (Flow-GRPO)")
     flag("--adv-clip", 5.0, "float > 0 or inf", "A is clipped to +- this (DDPO, Flow-GRPO: 5)")
     flag("--clip-range", 1e-4, "float > 0 or inf", "xi (DDPO, Flow-GRPO: 1e-4, of mean log-probs)")
-    fair = ["none", "sigma2", "guard"]
-    flag("--fair-clip", "none", fair, "xi / sigma_t^2 for xi (RSM Eq. 24); guard: and weight sigma_t / dt")
-    terms = ["none", "mean", "mean-nodt", "velocity", "implicit", "implicit-sum"]
+    terms = ["none", "mean", "mean-nodt", "velocity", "implicit"]
     flag("--kl", "mean", terms, "of the Gaussians; times dt (Flow-GRPO); of o (AWM); in r (VMPO Eq. 23)")
     flag("--kl-anchor", "old", ["ref", "old"], "KL to the reference (Flow-GRPO) or the rollout's policy (VMPO)")
     flag("--beta", 1.0, "float >= 0", "weight of the KL, in units of A (Flow-GRPO: 0.04; VMPO: 1)")
@@ -123,6 +145,8 @@ def parse_args(argv=None):
     places = dict(nargs=2, metavar=("FIRST", "END"))
     flag("--sde-window-range", None, "int >= 0", "where it may lie (Fast: noisy half); default: trained", **places)
     flag("--sde-window-every", 1, "int >= 1", "epochs between two windows (MixGRPO: 25)")
+    flag("--random-steps", 0, "int >= 0", "trained steps, drawn for each image (DanceGRPO: 9); 0 = all")
+    flag("--shared-blocks", 0, "int >= 0", "N: one x_T in each N-th of an epoch (PCPO: 2); 0 = off")
     weights = ["auto", "none", "zeta", "public", "loss-only"]
     flag("--pcpo-weights", "auto", weights, "pcpo: w~_t (RSM Eq. 109); auto = zeta (flow) or public")
     flag("--pcpo-zeta", None, "float > 0", "pcpo: zeta (public code: 4.3152; default: the grid's)")
@@ -174,19 +198,36 @@ def guard_log_ratio(moved: torch.Tensor, z: torch.Tensor, sigma, reduce: str) ->
     return common.reduce_latent(moved * z, reduce) * sigma
 
 
-def fair_range(clip_range: float, sigma: torch.Tensor) -> torch.Tensor:
-    """xi / sigma^2, (B,).  RSM Eq. 24."""
-    # clipping sigma^2 lambda at xi and dividing by sigma^2 is clipping lambda here
-    return clip_range / sigma**2
-
-
-def implicit_reward(reward, log_r: torch.Tensor, beta: float, whole: bool) -> torch.Tensor:
-    """r - beta log(p_old / p_ref) of each step, r (B,), log R (B, S) -> (B, S).
-
-    VMPO Eq. 23.  whole: with the log ratio of the trajectory, the sum over S, -> (B,).
-    """
+def implicit_reward(reward, log_r: torch.Tensor, beta: float) -> torch.Tensor:
+    """r - beta log(p_old / p_ref) of each step, r (B,), log R (B, S) -> (B, S).  VMPO Eq. 23."""
     # plus: log R = log p_ref - log p_old has the opposite sign of Eq. 23's log ratio
-    return reward + beta * log_r.sum(1) if whole else reward[:, None] + beta * log_r
+    return reward[:, None] + beta * log_r
+
+
+class RunningStats:
+    """A from the last 32 rewards of the prompt, or where it has fewer than 16 from all of an epoch.  DDPO."""
+
+    def __init__(self, eps: float):
+        self.eps, self.last = eps, {}
+
+    def advantage(self, reward: torch.Tensor, prompts: list[int]):
+        """Rewards (B,), their prompts' numbers -> A (B,), and where A's rewards are all equal."""
+        every, own = common.gather(reward).double().cpu(), reward.double().cpu()
+        numbers = common.gather(torch.tensor(prompts, device=reward.device)).tolist()
+        for number, value in zip(numbers, every.tolist()):  # of all processes
+            self.last[number] = [*self.last.get(number, []), value][-32:]
+        used = [torch.tensor(self.last[number], dtype=every.dtype) for number in prompts]
+        used = [r if len(r) >= 16 else every for r in used]
+        equal = torch.stack([r.min() == r.max() for r in used])
+        std, mean = map(torch.stack, zip(*(torch.std_mean(r, correction=0) for r in used)))
+        adv = torch.where(equal, 0.0, own - mean) / (std + self.eps)
+        return adv.to(reward), equal.to(reward.device)
+
+    def state_dict(self) -> dict:
+        return self.last
+
+    def load_state_dict(self, state: dict) -> None:
+        self.last = state
 
 
 def mixed_grid(sde: common.Grid, ode: common.Grid, steps: list[int]) -> common.Grid:
@@ -218,12 +259,13 @@ def main(args):
     sde = stochastic_grid(native, args)
     trainable = common.policy_steps(sde, args.train_steps)
     check_noise(args, trainable)
-    transitions = args.num_prompts * args.group_size * (args.sde_window or len(trainable))
+    transitions = args.num_prompts * args.group_size * trained_steps(args, len(trainable))
     harness.check_updates(args, transitions)  # again: a step without noise is no transition
     optimiser = harness.make_optimiser(args, run, theta)
-    recorder = harness.Recorder(
-        run, args, policy, optimiser, (reward, more), rewards.RewardError, METRICS
-    )
+    running = RunningStats(args.adv_eps) if args.adv_norm == "running" else None
+    scorers, failure = (reward, more), rewards.RewardError
+    state = {"running": running} if running else {}
+    recorder = harness.Recorder(run, args, policy, optimiser, scorers, failure, METRICS, state)
 
     for epoch in recorder.epochs():
         # ---- 1 rollout -------------------------------------------------------
@@ -235,7 +277,7 @@ def main(args):
             steps = list(range(first, first + args.sde_window))
             grid = mixed_grid(sde, ode, steps)
         reference = steps if needs_reference(args) else ()
-        batch = harness.epoch_batch(args, policy, epoch)
+        batch = harness.epoch_batch(args, policy, epoch, blocks=args.shared_blocks)
         path = common.rollout(
             policy, grid, batch.cond, batch.noise, args.cfg, args.micro_batch_size, reference
         )
@@ -248,10 +290,14 @@ def main(args):
 
         # ---- 3 advantage -----------------------------------------------------
         returns = final  # (B,), or (B, S) where each of the S trained steps has its own
-        if args.kl.startswith("implicit"):
+        if args.kl == "implicit":
             log_r = path.log_ref_over_old(grid, steps, args.logprob_reduce)
-            returns = implicit_reward(final, log_r, args.beta, args.kl == "implicit-sum")
-        adv, zero = common.group_advantage(returns, args.group_size, args.adv_norm)
+            returns = implicit_reward(final, log_r, args.beta)
+        std = args.adv_norm, args.adv_eps, args.adv_unbiased
+        if running:
+            adv, zero = running.advantage(final, [p.id for p in batch.prompts])
+        else:
+            adv, zero = common.group_advantage(returns, args.group_size, *std)
         adv, zero = (x.view(len(final), -1).expand(-1, len(steps)) for x in (adv, zero))
         clipped = adv.abs() > args.adv_clip
         adv = adv.clamp(-args.adv_clip, args.adv_clip)  # (B, S)
@@ -262,8 +308,17 @@ def main(args):
         column = torch.full((grid.steps,), -1)  # of `adv`, `zero` and `clipped`, by step
         column[steps] = torch.arange(len(steps))
         # from the native grid, also where PCPO's own sampler runs, whose true w_t vary
-        w_pcpo = common.pcpo_weights(native, steps, args.pcpo_weights, args.pcpo_zeta)
-        for update, part in enumerate(harness.epoch_updates(args, batch, steps, epoch)):
+        over = list(range(grid.steps)) if args.pcpo_weights == "public" else steps  # ref-code: all
+        w_pcpo = common.pcpo_weights(native, over, args.pcpo_weights, args.pcpo_zeta)
+        updates = harness.epoch_updates(args, batch, steps, epoch, args.random_steps)
+        for update, part in enumerate(updates):
+            at, count = (part[:, 0], column[part[:, 1]]), transitions / args.updates_per_epoch
+            stats.add({"adv/zero_std_frac": zero[at].float(), "adv/clip_frac": clipped[at].float()})
+            if args.drop_zero_advantage:  # before policy and KL, means over the rows that are left
+                part = part[(adv[at] != 0).cpu()]
+                count = common.all_reduce({"rows": len(part)})["rows"]
+            if not count:  # no row in any process
+                continue
             for chunk in common.micro_batches(part, args.micro_batch_size, f"update {update + 1}"):
                 rows = path.rows(*chunk.unbind(1))
                 n, i = rows.n, rows.i
@@ -272,11 +327,11 @@ def main(args):
                 w = grid.at(grid.w, i, o)
                 moved = w * (o - rows.o_old)  # (mu_theta - mu_old) / sigma
                 log_ratio = common.log_ratio(moved, rows.z, args.logprob_reduce)
-                if update == 0:
+                if not norms:  # no update yet
                     stats.check_start(moved, rows.z)
                 # 4b: the loss, and the log ratio that it compares with its clip range
                 a = adv[n, column[i]]
-                loss, log_ratio, xi = policy_loss(grid, rows, o, moved, log_ratio, a, w_pcpo, args)
+                loss, log_ratio = policy_loss(grid, rows, o, moved, log_ratio, a, w_pcpo, args)
                 # 4c: + beta KL, gradients
                 kl_ref = None
                 if reference:
@@ -284,22 +339,21 @@ def main(args):
                 kl = kl_term(grid, rows, o, moved, kl_ref, args)
                 total = loss + args.beta * kl
                 # micro-batches and processes add up to the mean over the update's transitions
-                optimiser.backward(total.sum() / (transitions / args.updates_per_epoch))
+                optimiser.backward(total.sum() / count)
                 ratio = log_ratio.exp()
-                outside = (log_ratio if args.loss == "pcpo" else ratio - 1).abs() > xi
+                outside = (log_ratio if args.loss == "pcpo" else ratio - 1).abs() > args.clip_range
                 stats.add({
                     "loss/total": total, "loss/policy": loss, "loss/kl": kl,
                     **({"kl/ref": kl_ref} if reference else {}),  # else the column stays blank
                     "ratio/mean": ratio, "ratio/clip_frac": outside.float(),
                     "ratio/approx_kl": 0.5 * log_ratio**2,
-                    "adv/mean": a, "adv/zero_std_frac": zero[n, column[i]].float(),
-                    "adv/clip_frac": clipped[n, column[i]].float(),
+                    "adv/mean": a,
                 })  # fmt: skip
                 stats.top("ratio/max", ratio.max().item())
             norms += optimiser.step()  # 4c: all-reduce, clip, AdamW on theta
 
         # ---- 5 log, samples, checkpoint, eval --------------------------------
-        own = {"window/first": first, "grad/norm": sum(norms) / len(norms)}
+        own = {"window/first": first, "grad/norm": sum(norms) / max(1, len(norms))}
         recorder.end_epoch(epoch, final, parts, stats.result() | own)
     recorder.finish()
 
@@ -307,7 +361,13 @@ def main(args):
 # ---- pieces that need the networks or the flags ------------------------------
 def needs_reference(args) -> bool:
     """Whether the rollout asks the pretrained model, too: one more pass per trained step."""
-    return args.kl.startswith("implicit") or args.kl != "none" and args.kl_anchor == "ref"
+    return args.kl == "implicit" or args.kl != "none" and args.kl_anchor == "ref"
+
+
+def trained_steps(args, available: int) -> int:
+    """Transitions of an image that an epoch trains."""
+    most = args.sde_window or available
+    return min(args.random_steps or most, most)
 
 
 def stochastic_grid(native: common.Grid, args) -> common.Grid:
@@ -317,13 +377,10 @@ def stochastic_grid(native: common.Grid, args) -> common.Grid:
 
 
 def policy_loss(grid, rows, o, moved, log_ratio, adv, w_pcpo, args):
-    """--loss of R rows: the loss (R,), the log ratio that it clips (R,), the range it is
-    clipped to.  log_ratio is that of 4a; PCPO and Guard put their own in its place.
+    """--loss of R rows: the loss (R,), and the log ratio that it clips (R,): log_ratio is
+    that of 4a; PCPO and Guard put their own in its place.
     """
-    sigma, dt = grid.sigma[rows.i].to(o), grid.dt[rows.i].to(o)
-    xi = args.clip_range
-    if args.fair_clip != "none":
-        xi = fair_range(xi, sigma)
+    sigma, dt, xi = grid.sigma[rows.i].to(o), grid.dt[rows.i].to(o), args.clip_range
     if args.loss == "reinforce":
         loss = reinforce_loss(adv, log_ratio)
     elif args.loss == "epg":
@@ -338,9 +395,7 @@ def policy_loss(grid, rows, o, moved, log_ratio, adv, w_pcpo, args):
         loss = clipped_loss(adv, log_ratio, xi) / dt
     else:  # grpo; ddpo is the same loss without a KL
         loss = clipped_loss(adv, log_ratio, xi)
-    if args.fair_clip == "guard":  # Guard's weights of the steps with another loss
-        loss = loss * sigma / dt
-    return loss, log_ratio, xi
+    return loss, log_ratio
 
 
 def kl_term(grid, rows, o, moved, kl_ref, args) -> torch.Tensor:
@@ -362,7 +417,12 @@ def kl_term(grid, rows, o, moved, kl_ref, args) -> torch.Tensor:
 def check(args):
     updates = args.updates_per_epoch * args.inner_epochs
     loss, flow = args.loss, args.kind == "flow"
-    harness.check_group(args)
+    if args.adv_norm != "running":
+        harness.check_group(args)
+    alone = "--adv-norm running needs one reward an image, --kl implicit has one a step; use mean"
+    need(args.adv_norm != "running" or args.kl != "implicit", alone)
+    both = args.shared_blocks and args.shared_noise
+    need(not both, "--shared-blocks and --shared-noise share x_T in two ways; use one of them")
     bare = f"--loss ddpo has no KL term, --kl is {args.kl}"
     same = "use --loss grpo, which is the same with one, or --kl none"
     need(loss != "ddpo" or args.kl == "none", f"{bare}; {same}")
@@ -371,8 +431,6 @@ def check(args):
     need(loss != "reinforce" or updates == 1, f"{once}; {fewer}")
     what = f"--kl mean-nodt needs a flow model (g_t of its SDE), --model {args.model} is not one"
     need(args.kl != "mean-nodt" or flow, f"{what}; use mean")
-    fair = args.fair_clip == "none" or loss in ("grpo", "ddpo", "pcpo")
-    need(fair, f"--fair-clip {args.fair_clip} does not go with --loss {loss}; use grpo or pcpo")
     if args.pcpo_weights == "auto":
         args.pcpo_weights = "zeta" if flow else "public"
     wrong, right = ("public", "zeta") if flow else ("zeta", "public or loss-only")
@@ -380,7 +438,9 @@ def check(args):
     need(args.pcpo_weights != wrong, f"{what}; use {right}")
     check_window(args)
     samples = args.num_prompts * args.group_size
-    harness.check_updates(args, samples * (args.sde_window or args.train_steps))
+    steps, drawn = args.sde_window or args.train_steps, args.random_steps
+    need(drawn <= steps, f"--random-steps {drawn} is more than the {steps} trained ones; use fewer")
+    harness.check_updates(args, samples * trained_steps(args, args.train_steps))
     if loss in ("ddpo", "grpo", "pcpo"):
         harness.warn_of_clip_range(args)
     explicit = args.kl in ("mean", "mean-nodt", "velocity")
@@ -413,10 +473,10 @@ def check_noise(args, trainable: list[int]) -> None:
 def sizes(args) -> dict[str, str]:
     """The lines of --dry-run."""
     samples, train = args.num_prompts * args.group_size, args.sde_window or args.train_steps
-    passes, rows = 2 if args.cfg != 1 else 1, samples * train
+    passes, rows = 2 if args.cfg != 1 else 1, samples * trained_steps(args, args.train_steps)
     window = f"{args.sde_window} of {args.steps}, {args.sde_window_mode}"
     rollout, trained = samples * args.steps * passes, rows * args.inner_epochs * passes
-    reference = rows * passes * needs_reference(args)
+    reference = samples * train * passes * needs_reference(args)
     without = f"{rollout} in the rollout, {reference} of the reference"
     return {
         "stochastic steps": window if args.sde_window else f"all {args.steps}",

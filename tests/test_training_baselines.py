@@ -50,7 +50,12 @@ def constant(images, prompts, metadata):
     return torch.full((len(images),), 0.3)
 
 
-PATTERN, CONSTANT = f"{__name__}:pattern", f"{__name__}:constant"
+def mixed(images, prompts, metadata):
+    """Every other group of three equal, in the others the mean, more and less."""
+    return torch.tensor([0.5, 0.5, 0.5, 1.0, 2.0, 3.0]).repeat(len(images))[: len(images)]
+
+
+PATTERN, CONSTANT, MIXED = (f"{__name__}:{name}" for name in ("pattern", "constant", "mixed"))
 
 
 def train(script, folder, name, *flags):
@@ -170,19 +175,19 @@ def same_gradient(spy, update, loss, tolerance=1e-3):
     return truth.norm() > 0
 
 
-def advantages(reward, mode, size, clip, everything=None):
+def advantages(reward, mode, size, clip, eps=1e-4, unbiased=False):
     """(B,) in plain Python, and which samples belong to a group of equal rewards."""
     r = [float(x) for x in reward]
     found, equal_groups = [], []
     for start in range(0, len(r), size):
         g = r[start : start + size]
         mean = sum(g) / size
-        std = (sum((x - mean) ** 2 for x in g) / size) ** 0.5
-        whole = sum((x - sum(r) / len(r)) ** 2 for x in r) / len(r)
+        std = (sum((x - mean) ** 2 for x in g) / (size - unbiased)) ** 0.5
+        whole = sum((x - sum(r) / len(r)) ** 2 for x in r) / (len(r) - unbiased)
         for j, x in enumerate(g):
             others = [y for n, y in enumerate(g) if n != j]
             value = {
-                "group": (x - mean) / (std + 1e-4), "global": (x - mean) / (whole**0.5 + 1e-4), "none": x - mean,
+                "group": (x - mean) / (std + eps), "global": (x - mean) / (whole**0.5 + eps), "none": x - mean,
                 "rloo": x - sum(others) / max(1, len(others)), "raw": x,
             }[mode]  # fmt: skip
             found.append(min(max(value, -clip), clip))
@@ -280,13 +285,12 @@ class Oracle:
     def advantages(self, trained):
         args, reward = self.args, self.spy.finals[self.epoch].double()
         columns = [reward] * len(trained)
-        if args.kl.startswith("implicit"):
+        if args.kl == "implicit":
             with torch.no_grad():
                 drift = [self.logp(self.output(self.old, i), i) - self.logp(self.output(None, i), i) for i in trained]
-            if args.kl == "implicit-sum":
-                drift = [sum(drift)] * len(trained)
             columns = [reward - args.beta * d for d in drift]
-        found = [advantages(c, args.adv_norm, args.group_size, args.adv_clip) for c in columns]
+        std = args.adv_eps, args.adv_unbiased
+        found = [advantages(c, args.adv_norm, args.group_size, args.adv_clip, *std) for c in columns]
         return {i: a for i, (a, _) in zip(trained, found)}
 
     def loss(self, update, trained):
@@ -294,8 +298,11 @@ class Oracle:
         args, weights = self.args, self.spy.updates[update][0]
         inner, part = divmod(update - self.epoch * args.updates_per_epoch * args.inner_epochs, args.updates_per_epoch)
         samples, key = args.num_prompts * args.group_size, (args.seed, self.epoch, inner)
-        rows = common.shuffled_rows(range(samples), samples, trained, args.updates_per_epoch, *key)[part]
+        parts = args.updates_per_epoch
+        rows = common.shuffled_rows(range(samples), samples, trained, parts, *key, each=args.random_steps)[part]
         adv, total, seen = self.advantages(trained), 0.0, Counter()
+        if args.drop_zero_advantage:
+            rows = torch.tensor([row for row in rows.tolist() if adv[row[1]][row[0]] != 0])
         with torch.no_grad():
             fixed = {i: (self.output(self.old, i), self.output(None, i)) for i in trained}
         for i in sorted(set(rows[:, 1].tolist())):
@@ -306,11 +313,10 @@ class Oracle:
             lam = self.logp(o, i, n) - self.logp(o_old, i, n)
             x_t = self.path.x[n, i].double()
             gap = mean(x_t, o) - mean(x_t, o_old)
-            if args.fair_clip != "none":
-                xi = xi / sigma**2
             if args.loss == "pcpo" and args.pcpo_weights != "none":
                 z = (self.path.x[n, i + 1].double() - mean(x_t, o_old)) / sigma
-                w = sum(self.weight(j) for j in trained) / len(trained)
+                over = range(args.steps) if args.pcpo_weights == "public" else trained  # the public constant
+                w = sum(self.weight(j) for j in over) / len(over)
                 if args.pcpo_weights == "zeta":
                     zeta = args.pcpo_zeta or sum(map(self.weight, trained)) / sum(self.steps[j][2] for j in trained)
                     w = zeta * dt
@@ -329,8 +335,6 @@ class Oracle:
                 loss = torch.maximum(-a * ratio, -a * ratio.clamp(1 - xi, 1 + xi))
             if args.loss == "guard":
                 loss = loss / dt
-            if args.fair_clip == "guard":
-                loss = loss * sigma / dt
             anchor = o_ref if args.kl_anchor == "ref" else o_old
             kl = torch.zeros_like(loss)
             if args.kl == "mean":
@@ -347,7 +351,7 @@ class Oracle:
                 "adv/mean": a.sum().item(), "square": (a**2).sum().item(), "rows": len(n),
                 "kl/ref": self.kl(o, o_ref, i, n).sum().item(), "ratio/approx_kl": (0.5 * lam**2).sum().item(),
             })  # fmt: skip
-        return total / (args.num_prompts * args.group_size * len(trained) / args.updates_per_epoch), seen
+        return total / len(rows), seen
 
 
 TWO = "--updates-per-epoch 2 --lr 5e-4 --clip-range 1e-4 "
@@ -357,13 +361,16 @@ GRPO_BOTH = [
     TWO + "--loss grpo --kl velocity --kl-anchor ref --beta 0.7 --adv-norm group --adv-clip 1",
     TWO + "--loss epg --kl mean --kl-anchor old --beta 0.05 --adv-norm rloo --kernel ancestral --train-fraction 0.75",
     TWO + "--loss pcpo --adv-norm raw --kl velocity --kl-anchor old --beta 2 --pcpo-w 20",
-    TWO + "--loss pcpo --pcpo-weights loss-only --fair-clip guard --clip-range 1e-5 --kl none"
+    TWO + "--loss pcpo --pcpo-weights loss-only --clip-range 1e-5 --kl none"
     " --sde-window 2 --sde-window-mode random --epochs 2",
-    TWO + "--loss pcpo --pcpo-weights none --fair-clip sigma2 --clip-range 1e-5 --kl implicit --beta 2000"
-    " --adv-norm group --epochs 2",
+    TWO + "--loss pcpo --pcpo-weights none --clip-range 1e-5 --kl implicit --beta 2000 --adv-norm group --epochs 2",
     TWO + "--loss guard --clip-range 1e-4 --kl none --adv-norm global --noise-level 0.6",
-    TWO + "--loss grpo --kl implicit-sum --beta 2000 --adv-norm none --inner-epochs 2 --epochs 2",
-    TWO + "--loss grpo --fair-clip guard --clip-range 1e-5 --kl mean --kl-anchor ref --logprob-reduce sum --beta 0.01",
+    TWO + "--loss grpo --kl implicit --beta 2000 --adv-norm none --inner-epochs 2 --epochs 2 --clip-range 1e-2",
+    TWO + "--loss grpo --clip-range 3e-2 --kl mean --kl-anchor ref --logprob-reduce sum --beta 0.01",
+    TWO + "--loss grpo --kl mean --kl-anchor ref --beta 3 --adv-norm group --adv-unbiased --adv-eps 1e-2"
+    " --random-steps 2 --shared-blocks 3 --inner-epochs 2",
+    TWO + "--loss grpo --kl velocity --kl-anchor ref --beta 9 --drop-zero-advantage --adv-norm global --epochs 2"
+    f" --reward {MIXED} --num-prompts 4 --random-steps 1",
     TWO + "--loss grpo --sde-window 1 --sde-window-mode progressive --kl mean --kl-anchor ref --beta 3"
     " --adv-norm global --epochs 2",
 ]
@@ -391,6 +398,9 @@ def test_grpo_updates_are_the_papers(tmp_path, monkeypatch, model, flags):
             first = int(found["window/first"])
             trained = list(range(first, first + args.sde_window))
             assert 0 <= first <= args.train_steps - args.sde_window
+        if args.shared_blocks:
+            start = oracle.path.x[:, 0].unflatten(0, (args.shared_blocks, -1))
+            assert (start == start[:, :1]).all() and len({block[0].sum().item() for block in start}) == len(start)
         for i in range(args.steps):  # stochastic where it is trained; the ODE's step elsewhere, if there is a window
             if args.sde_window and i not in trained:
                 with torch.no_grad():
@@ -403,7 +413,12 @@ def test_grpo_updates_are_the_papers(tmp_path, monkeypatch, model, flags):
             seen.update(values)
         assert moved > per_epoch / 2
         rows, square = seen.pop("rows"), seen.pop("square")
-        assert rows == args.num_prompts * args.group_size * len(trained) * args.inner_epochs
+        samples = args.num_prompts * args.group_size
+        each = args.random_steps or len(trained)
+        kept = 1 / 3 if args.drop_zero_advantage else 1  # MIXED: two of six images
+        assert rows == samples * each * args.inner_epochs * kept
+        if args.drop_zero_advantage:
+            assert found["adv/zero_std_frac"] == 0.5 and found["adv/mean"] == pytest.approx(0, abs=1e-6)
         if "kl/ref" not in found:
             assert not grpo.needs_reference(args)
             del seen["kl/ref"]
@@ -411,7 +426,8 @@ def test_grpo_updates_are_the_papers(tmp_path, monkeypatch, model, flags):
             assert found[key] == pytest.approx(value / rows, rel=2e-2, abs=1e-6), key
         spread = square / rows - (seen["adv/mean"] / rows) ** 2
         assert found["adv/std"] == pytest.approx(max(0, spread) ** 0.5, rel=1e-3, abs=1e-5)
-        assert spy.evaluations(epoch) == [int(counts[0]), int(counts[1]), int(counts[2]), 0]  # as --dry-run says
+        said = [int(counts[0]), int(counts[1]), int(int(counts[2]) * kept), 0]
+        assert spy.evaluations(epoch) == said  # as --dry-run says, without the rows that are dropped
         if epoch and args.sde_window_mode == "progressive":
             assert trained == [i + 1 for i in trained_before]
         trained_before = trained
@@ -516,7 +532,7 @@ AWM_BOTH = [
     "--objective nft --offpolicy lagged --updates-per-epoch 2 --nft-beta 0.5 --beta 0.1"
     " --lag-decay-slope 0.3 --adv-clip 2 --epochs 2",
     "--objective nft --offpolicy lagged --nft-space native --lag-decay-slope 0.9"
-    " --lag-decay-max 0.6 --lag-decay-start 1 --epochs 2",
+    " --lag-decay-max 0.6 --lag-decay-start 2 --epochs 2",
     HALF + "--train-cfg 2 --cfg 2 --train-timesteps 2 --shared-noise --sampler sde",
 ]
 AWM_ONE = [
@@ -556,7 +572,8 @@ def test_awm_updates_are_the_papers(tmp_path, monkeypatch, model, flags):
         assert spy.evaluations(epoch) == [rollout, reference, gradient, old]
         # theta's new weights: the next update's, or the checkpoint's; the lagged copy follows once an epoch
         after = spy.updates[(epoch + 1) * per_epoch][0] if epoch + 1 < args.epochs else lora(tmp_path / "run")
-        d = min(args.lag_decay_max, args.lag_decay_slope * max(0, epoch + 1 - args.lag_decay_start))
+        steps = (epoch + 1) * per_epoch  # of the optimiser: NFT's return_decay(global_step)
+        d = min(args.lag_decay_max, args.lag_decay_slope * max(0, steps - args.lag_decay_start))
         lag = [d * x + (1 - d) * y for x, y in zip(lag, after)]
         assert found["lag/decay"] == pytest.approx(d)
     kept = state(tmp_path / "run")["lag"]["shadow"]
@@ -639,16 +656,21 @@ torch.distributed.destroy_process_group()
 """
 
 
+DROP = f"--updates-per-epoch 2 --kl mean --kl-anchor ref --drop-zero-advantage --random-steps 2 --reward {MIXED}"
+RUNNING = "--updates-per-epoch 2 --kl none --shared-blocks 2 --adv-norm running"
+
+
 def test_two_processes_give_the_metrics_of_one(tmp_path):
     """Both scripts, in one pair of processes; the standard deviation of the advantage is that of all processes."""
-    runs = []
-    for script in (grpo, awm):
-        name = script.__name__
+    runs, names = [], []
+    for script, own in ((grpo, STATEFUL[grpo]), (grpo, DROP), (grpo, RUNNING), (awm, STATEFUL[awm])):
+        name = f"{script.__name__}{len(runs)}"
         flags = ["--preset", "tiny", *SMALL, "--runs", str(tmp_path), "--num-prompts", "4", "--adv-norm", "global"]
-        flags += ["--epochs", "2", *STATEFUL[script].split()]
+        flags += ["--epochs", "2", *own.split()]
         script.main(script.parse_args([*flags, "--name", f"{name}-one"]))
-        runs.append((name, [*flags, "--name", f"{name}-two"]))
+        runs.append((script.__name__, [*flags, "--name", f"{name}-two"])), names.append(name)
     env = os.environ | dict(OMP_NUM_THREADS="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="29617", WORLD_SIZE="2")
+    env["PYTHONPATH"] = str(ROOT / "tests")  # of the reward
     pair = [
         subprocess.Popen(
             [sys.executable, "-c", TWICE.format(runs=runs)], cwd=ROOT, env=env | {"RANK": str(rank)},
@@ -659,15 +681,44 @@ def test_two_processes_give_the_metrics_of_one(tmp_path):
     for process in pair:
         _, err = process.communicate(timeout=300)
         assert process.returncode == 0, err[-2000:]
-    for name, _ in runs:
+    for name in names:
         close(tmp_path / f"{name}-one", tmp_path / f"{name}-two")
+
+
+def test_running_statistics_are_used_and_resumed(tmp_path, monkeypatch):
+    """12 images an epoch of 2 prompts: from the third epoch on each prompt has its own 16 rewards or more."""
+    (tmp_path / "two.txt").write_text("a red circle\na blue square\n")
+    sizes = "--num-prompts 12 --group-size 1 --save-every 1"
+    flags = ["--prompts", tmp_path / "two.txt", *sizes.split(), *RUNNING.split()]
+    spy = Spy(monkeypatch)
+    whole = train(grpo, tmp_path, "whole", *flags, "--epochs", 4)
+    args, kept = spy.args, {0: [], 1: []}
+    for epoch, (final, found) in enumerate(zip(spy.finals, spy.metrics)):
+        ids, r, adv = [p.id for p in common.prompt_batch(args.prompt_list, epoch, 0, 12)], final.tolist(), []
+        for number, value in zip(ids, r):
+            kept[number] = [*kept[number], value][-32:]
+        for number, value in zip(ids, r):
+            base = r if epoch < 2 else kept[number]
+            assert (len(kept[number]) >= 16) == (epoch >= 2)
+            mean = sum(base) / len(base)
+            std = (sum((x - mean) ** 2 for x in base) / len(base)) ** 0.5
+            adv.append(max(-5, min(5, (value - mean) / (std + args.adv_eps))))
+        mean = sum(adv) / 12
+        assert found["adv/mean"] == pytest.approx(mean, abs=1e-5)
+        assert found["adv/std"] == pytest.approx((sum(a * a for a in adv) / 12 - mean**2) ** 0.5, abs=1e-4)
+    spy.undo()
+    monkeypatch.setattr(harness, "finish", lambda *a: None)
+    half = train(grpo, tmp_path, "half", *flags, "--epochs", 2)
+    grpo.main(grpo.parse_args(["--resume", str(half), "--epochs", "4"]))
+    assert metrics(whole) == metrics(half) and equal(lora(whole), lora(half))
+    assert state(whole)["running"] == state(half)["running"] == {n: pytest.approx(v) for n, v in kept.items()}
 
 
 @pytest.mark.parametrize("script", [vmpo, grpo, awm], ids=["vmpo", "grpo", "awm"])
 def test_an_update_may_hold_no_row_of_a_process(tmp_path, monkeypatch, script):
     """With several processes a small update's rows can all lie in the others."""
     real = common.shuffled_rows
-    monkeypatch.setattr(common, "shuffled_rows", lambda *a: [(p := torch.cat(real(*a)))[:0], p])
+    monkeypatch.setattr(common, "shuffled_rows", lambda *a, **k: [(p := torch.cat(real(*a, **k)))[:0], p])
     run = train(script, tmp_path, "run", "--updates-per-epoch", 2, "--epochs", 1)
     assert metrics(run)[0]["grad/norm"] > 0
 
@@ -687,7 +738,7 @@ def test_a_step_without_noise_is_not_counted_as_a_transition(tmp_path, capsys):
     spy_rows = []
     with pytest.MonkeyPatch.context() as patch:
         real = common.shuffled_rows
-        patch.setattr(common, "shuffled_rows", lambda *a: spy_rows.append(real(*a)) or spy_rows[-1])
+        patch.setattr(common, "shuffled_rows", lambda *a, **k: spy_rows.append(real(*a, **k)) or spy_rows[-1])
         train(grpo, tmp_path, "three", *flags, 3)
     assert [len(part) for part in spy_rows[0]] == [6, 6, 6]
 
@@ -695,7 +746,7 @@ def test_a_step_without_noise_is_not_counted_as_a_transition(tmp_path, capsys):
 # ---- advantages -----------------------------------------------------------------------------------------------------
 ZERO = [
     (grpo, "--loss grpo --kl none --adv-norm group --updates-per-epoch 2"),
-    (grpo, "--loss pcpo --kl none --adv-norm global --fair-clip guard --pcpo-w 20 --model tiny-sd15"),
+    (grpo, "--loss pcpo --kl none --adv-norm global --pcpo-w 20 --model tiny-sd15"),
     (grpo, "--loss guard --kl none --adv-norm none"), (grpo, "--loss epg --kl none --adv-norm rloo --model tiny-sd15"),
     (awm, "--beta 0 --adv-norm group --updates-per-epoch 2 --epochs 2"),
     (awm, "--beta 0 --adv-norm global --weight huber --model tiny-sd15"),
@@ -711,6 +762,16 @@ def test_an_epoch_of_equal_rewards_leaves_only_weight_decay(tmp_path, monkeypatc
         assert row["adv/zero_std_frac"] == 1 and row["adv/mean"] == row["adv/std"] == row["grad/norm"] == 0
     for before, after in zip(spy.updates[0][0], lora(run), strict=True):
         assert torch.allclose(after, before * (1 - 1e-2 * 0.5) ** len(spy.updates), rtol=1e-5, atol=0)
+
+
+def test_without_an_advantage_nothing_is_done_where_such_rows_are_dropped(tmp_path, monkeypatch):
+    """Not even a KL or a step of weight decay: Flow-GRPO's filter comes before both."""
+    spy = Spy(monkeypatch)
+    flags = "--kl mean --kl-anchor ref --beta 9 --lr 1e-2 --weight-decay 0.5 --updates-per-epoch 2 --epochs 2"
+    run = train(grpo, tmp_path, "run", "--reward", CONSTANT, "--drop-zero-advantage", *flags.split())
+    assert not spy.updates and spy.evaluations(0)[2] == 0 and equal(lora(run), spy.old[0])
+    assert [row["adv/zero_std_frac"] for row in metrics(run)] == [1, 1]
+    assert [row["grad/norm"] for row in metrics(run)] == [0, 0] and "kl/ref" not in metrics(run)[0]
 
 
 @BOTH
