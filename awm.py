@@ -21,8 +21,8 @@ Algorithm, one epoch (the loop below repeats the numbers):
      4d         AdamW; with two updates the second is off-policy                Sec. 5.2
   5 log, checkpoint, evaluation with the same noise every time
 Differs from the paper: nowhere known; what it does not state is a flag (docs/awm.md).
-Differs from the official code: its recipe is --preset release-*, on a slightly different
-       sampler grid; t and e belong to the image, not to the micro-batch.
+Differs from the official code (its recipe is --preset release-*): t and e belong to the
+       image, not to the micro-batch; the base is stored in float16, not cast to it.
 SD1.5: the network predicts e: x_t = alpha x_0 + nu e, error mean ||e_theta - e||^2.  As a
        rectified flow at t = nu / (alpha + nu) it has v_theta - v = (e_theta - e) / (1 - t).
 Run:   python awm.py --preset tiny              # embedded model, CPU, minutes, no downloads
@@ -45,13 +45,15 @@ import rewards
 from harness import need
 
 TINY = harness.TINY | dict(adv_norm="group", beta=0.4, updates_per_epoch=2, sampler="ode")
-# ours: the sampler's grid.  The released one starts at t = 0.999 and its t[-2] is t[-3] / 2;
-# here it is diffusers' with the model's shift, ending with one step to 1e-3
+PAPER = "steps, guidance, prompts an epoch are Flow-GRPO's, EMA (none), epochs ours: the paper does not say"
+CODE = "150 epochs (code: until stopped), shuffled passes of the prompts (code: with repetition), "
 RELEASE = dict(
-    steps=14, cfg=1.0, sampler="SASolverScheduler", sampler_noise=0.4, weight="ghuber",
+    steps=14, cfg=1.0, eval_cfg=1.0, dtype="float16", weight="ghuber",
+    sampler="SASolverScheduler", sampler_grid="official", sampler_noise=0.4,
     train_timesteps=6, train_fraction=0.9, skip_first=True, adv_norm="global", adv_scale=5.0,
     clip_range=1.0, ratio="exp-each", offpolicy="none", updates_per_epoch=1, num_prompts=72,
     lag_coef=1.0, ema_decay=0.99, ema_every=1,
+    note=CODE + "t of each image (code: of the micro-batch)",
 )  # fmt: skip
 # the rewards as Flow-GRPO's and the official code compute them (docs/rewards.md)
 GENEVAL = dict(
@@ -63,26 +65,30 @@ PICK = dict(
     prompts="prompts/pickscore_train.txt", eval_prompts="prompts/pickscore_test.txt",
 )  # fmt: skip
 NFT = dict(
-    objective="nft", cfg=1.0, sampler="DPMSolverMultistepScheduler", adv_norm="global",
-    beta=1e-4, offpolicy="lagged", updates_per_epoch=1, train_timesteps=9, lag_decay_max=0.5,
-    ema_decay=0.9, ema_every=1,
+    objective="nft", cfg=1.0, eval_cfg=1.0, dtype="float16", adv_norm="global", beta=1e-4,
+    sampler="DPMSolverMultistepScheduler", sampler_grid="official", offpolicy="lagged",
+    updates_per_epoch=1, train_fraction=1.0, timesteps="subset", train_timesteps=9,
+    lag_decay_max=0.5, ema_decay=0.9, ema_every=1,
+    note=CODE + "the sampler's network is told 1000 t (code: its integer part)",
 )  # fmt: skip
 PRESETS = {
     # Table 2: SD3.5-M, text rendering; Table 1: GenEval; Table 2: PickScore
-    "awm-ocr": dict(),  # the defaults are this experiment
-    "awm-geneval": GENEVAL,
-    "awm-pickscore": PICK | dict(beta=0.01),
+    "awm-ocr": dict(note=PAPER),  # the defaults are this experiment
+    "awm-geneval": GENEVAL | dict(note=PAPER),
+    "awm-pickscore": PICK | dict(beta=0.01, note=PAPER),
     # the configurations of the official code, a later recipe than the paper's
     "release-ocr": RELEASE | dict(beta=0.003),
     "release-geneval": RELEASE | GENEVAL | dict(beta=0.001),
     "release-pickscore": RELEASE | PICK | dict(beta=1e-4, skip_first=False, num_prompts=24, sampler_noise=0.0),
     # DiffusionNFT's released configurations
-    "nft-ocr": NFT | dict(nft_beta=0.1, lag_decay_max=0.999, lag_decay_slope=0.0075, lag_decay_start=75),
+    "nft-ocr": NFT | dict(
+        nft_beta=0.1, updates_per_epoch=2, lag_decay_max=0.999, lag_decay_slope=0.0075, lag_decay_start=75,
+    ),
     "nft-geneval": NFT | GENEVAL,
     # the embedded models: coloured shapes on a CPU (ours; docs/awm.md)
     "tiny": TINY | dict(model="tiny-sd35", lr=4e-4, epochs=100),
     "tiny-sd15": TINY | dict(model="tiny-sd15", lr=1e-3, epochs=80),
-}
+}  # fmt: skip
 METRICS = harness.Metrics(
     means=[
         "loss/total", "loss/policy", "loss/kl", "loss/lag", "kl/ref", "matching/error",
@@ -105,12 +111,12 @@ def parse_args(argv=None):
     flag("--weight", "uniform", weights, "w(t) of Eq. 10 (paper: 1; code: ghuber)")
     flag("--huber-power", 0.25, "float > 0", "p of ghuber (code: 0.25)")
     flag("--train-timesteps", 4, "int >= 1", "n_t: noisings of an image (paper: 4, Sec. 5; code: 6)")
-    laws = ["discrete", "uniform", "logit-normal"]
-    flag("--timesteps", "discrete", laws, "law of t; discrete: the sampler's grid (Sec. 5.2)")
+    laws = ["discrete", "discrete-with-init", "subset", "uniform", "uniform-shifted", "logit-normal"]
+    flag("--timesteps", "discrete", laws, "law of t; discrete: the sampler's grid (Sec. 5.2); subset: NFT")
     flag("--timestep-grid", None, "int >= 2", "steps of that grid (paper: the sampler's)")
     flag("--stratified", True, "yes/no", "one t from each of n_t equal bins of the law (code)")
-    flag("--skip-first", False, "yes/no", "discrete law without t = 1 (code: GenEval, OCR)")
-    flag("--t-min", 0.01, "float in (0, 1)", "smallest t of the other laws (code: 0.01)")
+    flag("--skip-first", False, "yes/no", "discrete without t = 1: discrete_wo_init (code: GenEval, OCR)")
+    flag("--t-min", 0.01, "float in (0, 1)", "smallest t of the other laws (code: 0.01; uniform 0.2)")
     ratios = ["mean-then-exp", "exp-each"]
     flag("--ratio", "mean-then-exp", ratios, "exp of the mean over t (Eq. 11), or for each t (code)")
     flag("--clip-range", 0.0, "float >= 0", "xi of a PPO clip; 0 = none (paper: omitted; code: 1)")
@@ -120,12 +126,13 @@ def parse_args(argv=None):
     flag("--offpolicy", "half", policies, "old policy: rollout's (Sec. 5.2), theta, lagged copy")
     flag("--lag-coef", 0.0, "float >= 0", "KL to the lagged copy (code: 1); 0 = off")
     flag("--lag-decay-max", 0.3, "float in [0, 1)", "d of copy <- d copy + (1 - d) theta (code: 0.3)")
-    flag("--lag-decay-slope", 0.001, "float >= 0", "growth of d per epoch (code: 0.001)")
-    flag("--lag-decay-start", 0, "int", "epochs for which d is 0 (NFT OCR: 75)")
+    flag("--lag-decay-slope", 0.001, "float >= 0", "growth of d per optimiser step (code: 0.001)")
+    flag("--lag-decay-start", 0, "int", "optimiser steps for which d is 0 (NFT OCR: 75)")
     flag("--nft-beta", 1.0, "float > 0", "b of v+ = (1 - b) v_old + b v (NFT: 1; OCR: 0.1)")
     flag("--nft-space", "x0", ["x0", "native"], "nft: errors of x0_hat, normalised (code), or of o")
     flag("--sampler", "sde", "text", "sde = --kernel (paper), ode, or a diffusers scheduler")
     flag("--sampler-config", "{}", "text", "its settings (docs/awm.md)", metavar="JSON")
+    flag("--sampler-grid", "diffusers", ["diffusers", "official"], "a flow's times: or AWM's, NFT's codes'")
     flag("--sampler-noise", None, "float >= 0", "tau of SASolverScheduler (code: 0.4, 0)")
     flag("--train-cfg", 1.0, "float finite", "guidance in training (paper: none = 1, Sec. 4)")
     harness.add_args(parser)
@@ -212,8 +219,15 @@ def x0_hat(kind: str, x_t, alpha, nu, o) -> torch.Tensor:
     return x_t - nu * o if kind == "flow" else (x_t - nu * o) / alpha
 
 
-def lag_decay(epoch: int, top: float, slope: float, start: int) -> float:
-    return min(top, slope * max(0, epoch - start))
+def integer_bins(u: torch.Tensor, first: int, stop: int) -> torch.Tensor:
+    """An index from each of n bins of first ... stop - 1, by u (n,).  ref-code: integer bounds."""
+    bounds = torch.linspace(first, stop, len(u) + 1).long()
+    return bounds[:-1] + (u * bounds.diff()).long()
+
+
+def lag_decay(steps: int, top: float, slope: float, start: int) -> float:
+    """d after so many optimiser steps."""
+    return min(top, slope * max(0, steps - start))
 
 
 def main(args):
@@ -310,7 +324,7 @@ def main(args):
                 stats.top("ratio/max", ratio.max().item())
             norms += optimiser.step()  # 4d: all-reduce, clip, AdamW on theta
         # once an epoch the lagged copy follows theta
-        decay = lag_decay(epoch + 1, args.lag_decay_max, args.lag_decay_slope, args.lag_decay_start)
+        decay = lag_decay(optimiser.steps, args.lag_decay_max, args.lag_decay_slope, args.lag_decay_start)
         lag.update(decay)
 
         # ---- 5 log, samples, checkpoint, eval --------------------------------
@@ -343,23 +357,31 @@ class Noising:
     def __init__(self, args, policy):
         self.args, self.scheduler, self.flow = args, policy.pipe.scheduler, policy.kind == "flow"
         steps = args.timestep_grid or args.steps
-        used = slice(int(args.skip_first), int(steps * args.train_fraction + 1e-9))
-        self.grid = policy.grid(steps, "ode", 0.0).timestep[used]  # of the discrete law
+        used = int(steps * args.train_fraction + 1e-9)
+        self.grid = policy.grid(steps, "ode", 0.0).timestep[:used]  # of the discrete laws
         self.abar = None if self.flow else self.scheduler.alphas_cumprod.double().cpu()
         self.elbo = None if self.flow else elbo_weights(self.abar)
 
     def timesteps(self, generator) -> torch.Tensor:
         """(n_t,) for the network: 1000 t for a flow, a training index 0 ... 999 for SD1.5."""
-        args, shift = self.args, self.scheduler.config.shift if self.flow else 1.0
+        args, count = self.args, len(self.grid)
+        shift = self.scheduler.config.shift if self.flow else 1.0
+        if args.timesteps == "subset":  # NFT: no step twice
+            return self.grid[torch.randperm(count, generator=generator)[: args.train_timesteps]]
         u = torch.rand(args.train_timesteps, dtype=torch.float64, generator=generator)
+        if args.timesteps == "discrete-with-init":  # t = 1 always
+            return self.grid[torch.cat([torch.zeros(1).long(), integer_bins(u[1:], 1, count)])]
+        if args.timesteps == "discrete" and args.skip_first and args.stratified:
+            return self.grid[integer_bins(u, 1, count)]
         if args.stratified:
             u = (torch.arange(len(u)) + u) / len(u)
         if args.timesteps == "discrete":
-            return self.grid[(u * len(self.grid)).long()]
-        if args.timesteps == "uniform":
-            t = args.t_min + (1 - args.t_min) * u
-        else:
+            first = int(args.skip_first)
+            return self.grid[first + (u * (count - first)).long()]
+        t = args.t_min + (1 - args.t_min) * u
+        if args.timesteps == "logit-normal":
             t = torch.special.ndtri(u).sigmoid()
+        if args.timesteps != "uniform":
             t = (shift * t / (1 + (shift - 1) * t)).clamp(min=args.t_min)  # ref-code: the clamp
         if self.flow:
             return t * 1000
@@ -424,20 +446,25 @@ def sample(policy, args, batch, epoch: int, desc: str) -> torch.Tensor:
             # an image depends on no micro-batch
             scheduler = make_scheduler(args, policy.pipe.scheduler.config)
             keys = [("sampler", args.seed, epoch, batch.indices[j]) for j in n]
-            x = scheduler_loop(scheduler, x, predict, [common.generator(*key) for key in keys])
+            x = scheduler_loop(args, scheduler, x, predict, [common.generator(*key) for key in keys])
         x0[n] = x
     return x0
 
 
-def scheduler_loop(scheduler, x: torch.Tensor, predict, generators) -> torch.Tensor:
+def scheduler_loop(args, scheduler, x: torch.Tensor, predict, generators) -> torch.Tensor:
     """x_0 (b, C, h, w) from standard normal x by all steps of a diffusers scheduler."""
+    official = args.sampler_grid == "official"
     takes = inspect.signature(scheduler.step).parameters
     given = {"generator": generators} if "generator" in takes else {}
     x = x * scheduler.init_noise_sigma
-    for t in scheduler.timesteps:
+    for i, t in enumerate(scheduler.timesteps):
         time = t.to(x.device, torch.float32).expand(len(x))
         o = predict(scheduler.scale_model_input(x, t), time)
+        if official and i + 1 == args.steps:
+            return x - scheduler.sigmas[i] * o  # ref-code: "denoise to zero", without a corrector
         x = scheduler.step(o, t, x, **given, return_dict=False)[0]
+        if official and i == 0:  # ref-code: SASolver's first corrector is off
+            scheduler.last_sample = None
     return x
 
 
@@ -448,15 +475,38 @@ def make_scheduler(args, config):
     options = dict(args.sampler_options)
     if args.sampler_noise is not None:
         options["tau_func"] = lambda t: args.sampler_noise if 300 <= t <= 900 else 0.0
-    if args.kind == "flow":
+    flow, cls = args.kind == "flow", getattr(diffusers, args.sampler)
+    if flow:
         options |= dict(prediction_type="flow_prediction", use_flow_sigmas=True)
-        options["flow_shift"], config = config.shift, {}
-    scheduler = getattr(diffusers, args.sampler).from_config(config, **options)
+        options["flow_shift"] = config.shift
+    scheduler = cls.from_config({} if flow else config, **options)
     scheduler.set_timesteps(args.steps)
-    if args.kind == "flow" and scheduler.sigmas[-1] > 0:
-        # ours: SASolver and DEIS end at the last step's start, on a noisy latent
-        scheduler.sigmas[-1] = 1e-3
+    if flow:
+        if args.sampler_grid == "official":
+            official_grid(args, scheduler, config)
+        elif scheduler.sigmas[-1] > 0:
+            # ours: SASolver and DEIS end at the last step's start, on a noisy latent
+            scheduler.sigmas[-1] = 1e-3
+        # what the network is told: the times of x, which diffusers rounds to integers
+        scheduler.timesteps = 1000 * scheduler.sigmas[:-1]
     return scheduler
+
+
+def official_grid(args, scheduler, config) -> None:
+    """NFT's times are the model's own; AWM's have t_0 = 0.999, t_{T-1} = t_{T-2} / 2.
+
+    ref-code: AWM's tau is that of the time a step arrives at (diffusers: departs from).
+    """
+    from diffusers import FlowMatchEulerDiscreteScheduler as Model
+
+    model = Model.from_config(config)
+    model.set_timesteps(args.steps)
+    scheduler.sigmas = sigmas = model.sigmas.clone()
+    if args.sampler == "SASolverScheduler":
+        sigmas[-2], sigmas[0] = sigmas[-3] / 2, 1 - 1e-3
+        times, tau = (1000 * sigmas).tolist(), scheduler.tau_func
+        arrival = dict(zip(times, times[1:]))  # of a departure
+        scheduler.tau_func = lambda t: tau(arrival[t.item()])
 
 
 # ---- what no paper mentions: checks of the flags, sizes for --dry-run --------
@@ -472,8 +522,11 @@ def check(args):
     fine = f"--timestep-grid {grid} is too fine for the 1000 training steps of {args.model}"
     need(args.kind == "flow" or grid <= 500, f"{fine}; use at most 500")
     none = f"--train-fraction {args.train_fraction} (and --skip-first) leaves no step"
-    used = int(grid * args.train_fraction + 1e-9) - args.skip_first
-    need(used > 0, f"{none} of --timestep-grid {grid}; raise one of them")
+    used, count = int(grid * args.train_fraction + 1e-9), args.train_timesteps
+    first = args.skip_first or args.timesteps == "discrete-with-init"
+    need(used > first, f"{none} of --timestep-grid {grid}; raise one of them")
+    few = f"--timesteps subset cannot draw {count} different steps out of {used}"
+    need(args.timesteps != "subset" or count <= used, f"{few}; lower --train-timesteps")
     check_sampler(args)
 
 
@@ -494,6 +547,8 @@ def check_sampler(args):
         idle = f"--sampler-config is for a scheduler of diffusers, --sampler is {sampler}"
         need(not args.sampler_options, f"{idle}; leave it out")
     else:
+        grid = f"--sampler-grid official needs a flow model, --model {args.model} is not one"
+        need(args.sampler_grid != "official" or args.kind == "flow", f"{grid}; use diffusers")
         same = check_scheduler(args)
     equal = f"--shared-noise with --sampler {sampler} makes the images of a prompt all the same"
     need(not (same and args.shared_noise), f"{equal}; use --sampler sde, or leave it out")
@@ -526,7 +581,7 @@ def check_scheduler(args) -> bool:
     generators = [common.generator("trial", n) for n in range(2)]
     try:
         scheduler = make_scheduler(args, config)
-        x0 = scheduler_loop(scheduler, torch.zeros(2, 4, 2, 2), lambda x, t: x, generators)
+        x0 = scheduler_loop(args, scheduler, torch.zeros(2, 4, 2, 2), lambda x, t: x, generators)
     except Exception as problem:  # whatever diffusers raises would end the first rollout
         said = " ".join([type(problem).__name__, *str(problem).split()])
         raise common.UsageError(f"{what} fails: {said}") from None

@@ -46,22 +46,30 @@ GRADIENT = ("gradient", "gradient-xt", "gradient-gfn")
 TINY = harness.TINY | dict(potential="r2g", mean="group", beta=0.1, kl_anchor="ref", kl_coef=0.3)
 SD35 = dict(
     model="sd3.5-medium", reward="ocr", beta=0.1, steps=10, eval_steps=40, cfg=4.5, noise_level=0.7,
-    lora_rank=32, lora_alpha=64, micro_batch_size=4,
+    lora_rank=32, lora_alpha=64, micro_batch_size=4, max_sequence_length=128,
     prompts="prompts/ocr_train.txt", eval_prompts="prompts/ocr_test.txt",
 )  # fmt: skip
+SD15 = "M_phi's form and eta = 1 are ours; the paper reports 100 prompts x 10 images"
 PRESETS = {
     # Table 1: SD1.5, HPSv2 (v2.1), photo and painting prompts of HPDv2; App. D; the defaults
-    "sd15-hpsv2": dict(eval_prompts="prompts/benchmark_ir.txt"),
+    "sd15-hpsv2": dict(eval_prompts="prompts/benchmark_ir.txt", note=SD15),
     # Table 2: SD1.5, ImageReward, DrawBench prompts (not redistributable: prompts/README.md)
     "sd15-imagereward": dict(
-        reward="imagereward", beta=0.1, prompts="prompts/drawbench.txt", eval_prompts="prompts/benchmark_ir.txt"
+        reward="imagereward", beta=0.1, prompts="prompts/drawbench.txt", eval_prompts="prompts/benchmark_ir.txt",
+        note=SD15,
     ),
-    # Table 3: SD3.5-M, text rendering; App. D (its beta is not stated: the official code's)
-    "sd35-ocr": SD35,
+    # Table 3: SD3.5-M, text rendering; App. D
+    "sd35-ocr": SD35 | dict(
+        dtype="bfloat16",
+        note="beta and T5's 128 tokens are the code's, 150 epochs SD1.5's (not in the paper)",
+    ),
     # the same with the official code's choices where they differ from the paper's
     "sd35-ocr-release": SD35 | dict(
-        num_prompts=256, beta_warmup_epochs=50, diff_reward="train", kl_anchor="ref", kl_denom="g2",
-        mean_coef=0.01, mean_lr=3e-5, ema_decay=0.9, dtype="float16",
+        num_prompts=256, train_fraction=1.0, random_steps=9,
+        beta_warmup_epochs=50, diff_reward="train", kl_anchor="ref", kl_denom="g2",
+        mean_coef=0.01, mean_lr=3e-5, ema_decay=0.9, ema_every=1, dtype="float16",
+        note="150 epochs (code: until stopped by hand), M_phi an MLP (code: a transformer), "
+        "updates of transitions (code: of images), base stored in float16 (code: cast)",
     ),
     # the embedded models: coloured shapes on a CPU (ours; how these numbers were found: docs/vmpo.md)
     "tiny": TINY | dict(model="tiny-sd35", train_fraction=0.6, lr=4e-4, epochs=200),
@@ -90,7 +98,8 @@ def parse_args(argv=None):
     flag("--mean", "time_prompt", means, "M_phi: network of (t, c) (code), of t (Eq. 8); or a mean (Eq. 5)")
     flag("--r2g-scale", "1", ["1", "1/T"], "r2g: u = r / beta or r / (T beta), which aims at T beta (footnote 5)")
     flag("--diff-reward", "rollout", ["rollout", "train"], "diff: Tweedie rewards of the rollout, or of theta (code)")
-    flag("--beta-warmup-epochs", 0, "int >= 0", "1 / beta rises linearly from 0 over these epochs (code: 50)")
+    flag("--beta-warmup-epochs", 0, "int >= 0", "u_t times min(1, epoch / this), from 0; 0 = off (code: 50)")
+    flag("--random-steps", 0, "int >= 0", "of the trained steps, drawn for each image; 0 = all (code: 9)")
     flag("--mean-lr", 3e-4, "float > 0", "learning rate of phi (paper: 3e-4, App. D; code: 3e-5)")
     flag("--mean-coef", 1.0, "float >= 0", "weight of phi's regression loss (paper: 1, Eq. 8; code: 0.01)")
     flag("--mean-max-grad-norm", 1.0, "float > 0 or inf", "phi's own gradient clipping (code: 1)")
@@ -98,7 +107,6 @@ def parse_args(argv=None):
     flag("--kl-anchor", "old", ["old", "ref"], "KL to the rollout's policy (App. D) or to the reference (code)")
     flag("--kl-denom", "sigma2", ["sigma2", "g2"], "KL over 2 sigma_t^2 (exact) or 2 g_t^2, i.e. times dt (code)")
     flag("--clip-range", 1e-4, "float > 0", "xi of Eq. 32, for mean-reduced log-probs (Flow-GRPO: 1e-4)")
-    flag("--backward-coef", 1.0, "float >= 0", "gradient-gfn: the backward term's weight (code: 1)")
     harness.add_args(parser)
     return harness.parse(parser, PRESETS, argv, rewards, check, sizes)
 
@@ -121,6 +129,11 @@ def diff_potential(reward_t: torch.Tensor, beta: float) -> torch.Tensor:
     The sum of u over the steps is (r(x_0) - r(x0_hat(x_T))) / beta.
     """
     return (reward_t[:, 1:] - reward_t[:, :-1]) / beta
+
+
+def reward_ramp(epoch: int, epochs: int) -> float:
+    """ref-code: u_t's factor, from 0 (log w is log R alone) to 1 after so many epochs."""
+    return min(1.0, epoch / epochs) if epochs else 1.0
 
 
 def log_weights(log_r: torch.Tensor, potential: torch.Tensor) -> torch.Tensor:
@@ -214,7 +227,8 @@ def main(args):
     recorder = harness.Recorder(
         run, args, policy, optimiser, (reward, more), rewards.RewardError, METRICS, {"phi": phi}
     )
-    transitions = args.num_prompts * args.group_size * len(steps)
+    each = min(args.random_steps or len(steps), len(steps))
+    transitions = args.num_prompts * args.group_size * each
 
     for epoch in recorder.epochs():
         # ---- 1 rollout -------------------------------------------------------
@@ -226,7 +240,7 @@ def main(args):
 
         # ---- 2 reward --------------------------------------------------------
         recorder.phase()
-        grad_r = None
+        grad_r, ramp = None, reward_ramp(epoch, args.beta_warmup_epochs)
         with recorder.scoring(epoch):
             with torch.no_grad():
                 images = policy.decode(path.x[:, -1])
@@ -234,14 +248,14 @@ def main(args):
             reward_t = tweedie_rewards(policy, reward, grid, path, final, batch, steps, args)
             if args.objective in GRADIENT:
                 grad_r = reward_gradients(policy, reward, grid, path, batch.texts, batch.metadata, args)
+                grad_r *= ramp
 
         # ---- 3 potential -----------------------------------------------------
-        beta = args.beta / min(1.0, (epoch + 1) / max(1, args.beta_warmup_epochs))
         if args.potential == "r2g":
-            potential = r2g_potential(final, grid.steps, beta, args.r2g_scale)
+            potential = r2g_potential(final, grid.steps, args.beta, args.r2g_scale)
         else:
-            potential = diff_potential(reward_t, beta)
-        potential = potential[:, steps]  # (B, S), S = trained steps
+            potential = diff_potential(reward_t, args.beta)
+        potential = ramp * potential[:, steps]  # (B, S), S = trained steps
         monte_carlo = None
         if args.mean in ("group", "batch"):
             # ours: taken once, with theta_old (Eq. 33 allows it), so that a micro-batch need
@@ -254,7 +268,8 @@ def main(args):
         stats, norms = recorder.stats(epoch), []
         column = torch.full((grid.steps,), -1)  # of `potential` and `monte_carlo`, by step
         column[steps] = torch.arange(len(steps))
-        for update, part in enumerate(harness.epoch_updates(args, batch, steps, epoch)):
+        updates = harness.epoch_updates(args, batch, steps, epoch, args.random_steps)
+        for update, part in enumerate(updates):
             for chunk in common.micro_batches(part, args.micro_batch_size, f"update {update + 1}"):
                 rows = path.rows(*chunk.unbind(1))
                 n, i = rows.n, rows.i
@@ -269,9 +284,9 @@ def main(args):
                 if update == 0:
                     stats.check_start(moved, rows.z)
                 if "potential" in phi:
-                    u = learned_potential(phi["potential"], path, grid, reward_t, n, i, beta)
+                    u = learned_potential(phi["potential"], path, grid, ramp * reward_t, n, i, args.beta)
                 elif args.diff_reward == "train":
-                    u = fresh_potential(policy, reward, grid, path, final, rows, o, batch, beta, args)
+                    u = ramp * fresh_potential(policy, reward, grid, path, final, rows, o, batch, args)
                 else:
                     u = potential[n, column[i]]
                 log_w = log_weights(log_r, u)
@@ -284,7 +299,7 @@ def main(args):
                     mean = monte_carlo[n, column[i]]
                 # 4c: the loss
                 if args.objective in GRADIENT:
-                    loss = match_gradients(policy, grid, path, grad_r, phi, rows, o, z, w, beta, args)
+                    loss = match_gradients(policy, grid, path, grad_r, phi, rows, o, z, w, args)
                     loss_mean = torch.zeros_like(loss)
                 else:
                     loss, loss_mean = variance_loss(log_w, mean, log_p, args)
@@ -386,7 +401,7 @@ def learned_potential(net, path, grid, reward_t, n, i, beta):
 
 
 @torch.no_grad()
-def fresh_potential(policy, reward, grid, path, final, rows, o, batch, beta, args):
+def fresh_potential(policy, reward, grid, path, final, rows, o, batch, args):
     """Diff with Tweedie rewards of the current theta, (B,).
 
     ref-code: costs one more network pass, two decodes and two rewards per transition.
@@ -400,7 +415,7 @@ def fresh_potential(policy, reward, grid, path, final, rows, o, batch, beta, arg
         for x0_hat in (grid.x0_hat(rows.x_t, o, i), grid.x0_hat(x_s, o_s, after))
     )
     then = torch.where((i + 1 == grid.steps).to(then.device), final[n], then)
-    return (then - now) / beta
+    return (then - now) / args.beta
 
 
 def reward_gradients(policy, reward, grid, path, texts, extra, args):
@@ -421,9 +436,9 @@ def reward_gradients(policy, reward, grid, path, texts, extra, args):
     return grads
 
 
-def match_gradients(policy, grid, path, grad_r, phi, rows, o, z, w, beta, args):
+def match_gradients(policy, grid, path, grad_r, phi, rows, o, z, w, args):
     """Eq. 52 (gradient), 53 (gradient-xt) or 54/55 (gradient-gfn), (B,)."""
-    n, i, x_t = rows.n, rows.i, rows.x_t
+    n, i, x_t, beta = rows.n, rows.i, rows.x_t, args.beta
     sigma = grid.at(grid.sigma, i, o)
     grad_logp = -z / sigma  # with respect to x_s, where it is known in closed form
     grad_logp_ref = grad_logp + w * (rows.o_ref - o) / sigma
@@ -436,7 +451,7 @@ def match_gradients(policy, grid, path, grad_r, phi, rows, o, z, w, beta, args):
     t_next = torch.cat([grid.t, torch.zeros(1, dtype=torch.float64)])[i + 1].to(o.device)
     g_s, g_t = phi["residual"](x_s, t_next), phi["residual"](x_t.detach(), grid.t[i].to(o.device))
     loss = gradient_loss(grad_r[n, i + 1], grad_logp_ref, grad_logp, beta, g_s)
-    loss = loss + args.backward_coef * gradient_loss(-grad_r[n, i], back_ref, back, beta, -g_t)
+    loss = loss + gradient_loss(-grad_r[n, i], back_ref, back, beta, -g_t)
     terminal = phi["residual"](path.x[n, -1], torch.zeros(len(n), device=o.device))
     return loss + (terminal**2).flatten(1).mean(1)
 
@@ -445,7 +460,9 @@ def match_gradients(policy, grid, path, grad_r, phi, rows, o, z, w, beta, args):
 def check(args):
     samples, objective, mean = args.num_prompts * args.group_size, args.objective, args.mean
     sampled, gradient, fresh = mean in ("group", "batch"), objective in GRADIENT, args.diff_reward == "train"
-    harness.check_updates(args, samples * args.train_steps)
+    many = f"--random-steps {args.random_steps} is more than the {args.train_steps} trained steps"
+    need(args.random_steps <= args.train_steps, many, "use fewer, or a larger --train-fraction")
+    harness.check_updates(args, samples * (args.random_steps or args.train_steps))
     need(mean != "batch" or samples > 1, "--mean batch needs two samples", "raise --num-prompts or --group-size")
     few = f"--mean group needs two or more images per prompt, --group-size is {args.group_size}"
     need(mean != "group" or args.group_size > 1, few, "use 2 or more, or --mean time_prompt")
@@ -470,11 +487,12 @@ def check(args):
 def sizes(args) -> dict[str, str]:
     """The lines of --dry-run."""
     samples, passes = args.num_prompts * args.group_size, 2 if args.cfg != 1 else 1
-    rows, gradient = samples * args.train_steps, args.objective in GRADIENT
+    rows, gradient = samples * (args.random_steps or args.train_steps), args.objective in GRADIENT
     along = args.potential != "r2g" and args.diff_reward == "rollout" and not gradient
     scored = samples * (1 + along * min(args.train_steps + 1, args.steps) + gradient * (args.steps + 1))
     scored += 2 * rows * args.inner_epochs * (args.diff_reward == "train")
-    calls = f"{samples * args.steps * passes} in the rollout, {rows * passes} of the reference"
+    reference = samples * args.train_steps * passes
+    calls = f"{samples * args.steps * passes} in the rollout, {reference} of the reference"
     return {
         "network evaluations per epoch": f"{calls}, {rows * args.inner_epochs * passes} with gradient",
         "decodes and reward evaluations per epoch": f"{scored} images",

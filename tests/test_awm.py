@@ -385,6 +385,87 @@ def test_lag_decay_schedules():
         ours = awm.lag_decay(step, nft["lag_decay_max"], nft["lag_decay_slope"], nft["lag_decay_start"])
         assert ours == pytest.approx(0 if step < 75 else min(0.0075 * (step - 75), 0.999))
     assert awm.PRESETS["nft-geneval"]["lag_decay_max"] == 0.5
+    settings = (nft["lag_decay_max"], nft["lag_decay_slope"], nft["lag_decay_start"])
+    for epoch, value in ((37, 0.0), (38, 0.0075), (60, 0.3375), (100, 0.9375)):  # ends of these epochs, from 1
+        assert awm.lag_decay(epoch * nft["updates_per_epoch"], *settings) == pytest.approx(value)
+
+
+def test_the_lagged_copy_counts_optimiser_steps(tmp_path):
+    """Copy <- d copy + (1 - d) theta with d of all steps so far: two an epoch here, also after a resume."""
+    small = "--preset tiny --num-prompts 2 --group-size 2 --steps 2 --train-timesteps 1 --train-fraction 1"
+    small += " --eval-images 2 --sample-every 0"
+    small += " --lag-coef 1 --lag-decay-slope 0.1 --lag-decay-start 1 --lag-decay-max 0.6"
+    awm.main(awm.parse_args([*small.split(), "--epochs", "2", "--runs", str(tmp_path), "--name", "run"]))
+    awm.main(awm.parse_args(["--resume", str(tmp_path / "run"), "--epochs", "4"]))
+    rows = [row.split(",") for row in (tmp_path / "run" / "metrics.csv").read_text().splitlines()]
+    decays = [float(row[rows[0].index("lag/decay")]) for row in rows[2:]]
+    assert decays == pytest.approx([0.1, 0.3, 0.5, 0.6])
+
+
+# ---- the official laws of t -----------------------------------------------------------------------------------------
+def official_bins(first, stop, count):
+    """train_sd3_awm.py: bounds linspace(first, stop, count + 1).long()."""
+    bounds = [int(first + (stop - first) * j / count + 1e-9) for j in range(count + 1)]
+    return [list(range(a, b)) for a, b in zip(bounds, bounds[1:])]
+
+
+def test_integer_bins_are_the_official_ones():
+    assert official_bins(1, 12, 6) == [[1], [2, 3], [4, 5], [6, 7], [8, 9], [10, 11]]
+    assert official_bins(1, 12, 5) == [[1, 2], [3, 4], [5, 6], [7, 8], [9, 10, 11]]
+    for first, stop, count in ((1, 12, 6), (1, 12, 5), (0, 12, 6), (1, 9, 6), (1, 30, 7)):
+        drawn = torch.stack([awm.integer_bins(torch.rand(count, dtype=F64), first, stop) for _ in range(4000)])
+        for column, allowed in zip(drawn.T, official_bins(first, stop, count)):
+            values, counts = column.unique(return_counts=True)
+            assert values.tolist() == allowed
+            expected = len(drawn) / len(allowed)
+            assert ((counts - expected).abs() < 5 * expected**0.5).all()
+
+
+@pytest.mark.parametrize("law, first", [("--skip-first", []), ("--timesteps discrete-with-init", [0])])
+def test_official_discrete_laws_put_an_index_into_every_set(law, first):
+    """AWM's release: 14 steps, the first 12, six noisings; times of the unchanged grid 1, .97306, ..., .00893."""
+    flags = ["--steps", 14, "--train-timesteps", 6, "--train-fraction", 0.9, *law.split()]
+    drawn = times(noising("flow", *flags), 2000) / 1000
+    u = 1 - torch.arange(14, dtype=F64) / 13  # the model's grid: evenly from 1 to 1/1000, shifted twice by 3
+    u = 0.002994 + u * (1 - 0.002994)
+    grid = 3 * u / (1 + 2 * u)
+    close(grid[[1, 12, 13]], [0.97306, 0.2062, 0.00893], 1e-4)
+    bins = [[j] for j in first] + official_bins(1, 12, 6 - len(first))
+    for column, allowed in zip(drawn.T, bins):
+        close(column.unique().flip(0), grid[allowed], 1e-4)
+    free = noising("flow", *flags, "--no-stratified")  # without the bins a set need not hold index 1
+    if not first:
+        assert (times(free, 200).max(1).values < 973).any()
+
+
+def test_subset_law_draws_no_step_twice():
+    """DiffusionNFT: nine of all ten times of the grid, a random permutation for every image."""
+    drawn = times(noising("flow", *"--timesteps subset --train-timesteps 9 --steps 10 --train-fraction 1".split()))
+    grid = schedulers()["flow"]
+    grid.set_timesteps(10)
+    grid = grid.timesteps.double()
+    place = (drawn[:, :, None] - grid).abs().argmin(2)
+    close(grid[place], drawn, 1e-6)
+    assert (place.sort(1).values.diff(dim=1) > 0).all()
+    left = 45 - place.sum(1)  # the step that is left out
+    assert ((left.bincount(minlength=10) - 200).abs() < 5 * 200**0.5).all()
+    assert ((place[:, 0].bincount(minlength=10) - 200).abs() < 5 * 200**0.5).all()  # in random order
+
+
+def test_shifted_uniform_law_is_the_official_uniform():
+    q = torch.linspace(0.02, 0.98, 25, dtype=F64)
+    for kind, shift in (("flow", 3), ("eps", 1)):
+        flags = ["--timesteps", "uniform-shifted", "--t-min", 0.2, "--train-timesteps", 8]
+        t, u = times(noising(kind, *flags)) / 1000, 0.2 + 0.8 * q
+        close(quantiles(t, q), shift * u / (1 + (shift - 1) * u), 6e-3)
+
+
+def test_laws_without_steps_are_refused(capsys):
+    for flags in ("--timesteps subset --train-timesteps 10", "--timesteps discrete-with-init --train-fraction 0.1"):
+        with pytest.raises(SystemExit) as stop:
+            arguments("flow", "--steps", 10, *flags.split())
+        message = capsys.readouterr().err.strip()
+        assert stop.value.code == 2 and "\n" not in message and ("subset" in message or "leaves no step" in message)
 
 
 # ---- theory of the paper --------------------------------------------------------------------------------------------
@@ -629,6 +710,105 @@ def test_sampler_noise_is_tau_between_300_and_900(kind):
     assert [default(t) for t in (199, 250, 850)] == [0, 1, 0]  # diffusers' own
 
 
+FLOW = sorted({name for kind, name, _ in SAMPLERS if kind == "flow" and name not in ("ode", "sde")})
+
+
+@pytest.mark.parametrize("sampler", FLOW)
+def test_the_network_is_told_the_time_of_x(sampler):
+    """A flow's schedulers: 1000 sigma, not diffusers' integer below it."""
+    policy = GaussianPolicy("flow")
+    drawn(policy, sampler, gaussian_batch(policy, 2, 7), 7)
+    u = torch.linspace(1, 1e-3, 8, dtype=F64)[1:]  # diffusers: alpha evenly, then the shift
+    sigmas = (3 * (1 - u) / (1 + 2 * (1 - u))).flip(0)
+    told = torch.stack([time[0] for _, time, _ in policy.seen]).double()
+    made = awm.make_scheduler(arguments("flow", "--sampler", sampler, "--steps", 7), policy.pipe.scheduler.config)
+    close(told / 1000, made.sigmas[:7].double(), 1e-6)
+    if sampler != "UniPCMultistepScheduler":  # whose grid starts a little later
+        close(told / 1000, sigmas, 1e-6)
+
+
+RELEASED = [0.999, 0.97306, 0.94305, 0.90941, 0.87145, 0.82828, 0.77874, 0.72131, 0.65394, 0.57381, 0.47691, 0.35737,
+            0.2062, 0.1031, 0.0]  # fmt: skip
+
+
+def sa_solver(policy, x, times, tau, noise):
+    """AWM's sa_solver.py as formulas: predictor and corrector of order 2 with rescaled O(h^3) terms; tau(arrival)."""
+    step = [t.item() for t in times]
+    lam = [math.log(1 - t) - math.log(t) for t in step[:-1]]
+
+    def clean(x, i):
+        t = torch.full((len(x),), step[i], dtype=F64)
+        return x - step[i] * policy.predict(x.float(), (1000 * t).float(), None, 1.0).double()
+
+    data = [clean(x, 0)]
+    for i in range(1, len(step) - 1):
+        h, a = lam[i] - lam[i - 1], 1 + tau(step[i]) ** 2
+        base = math.exp(-(a - 1) * h) * step[i] / step[i - 1] * x + (1 - step[i]) * (1 - math.exp(-a * h)) * data[-1]
+        base = base + step[i] * math.sqrt(1 - math.exp(-2 * (a - 1) * h)) * noise[i - 1]
+        guess = base
+        if i > 1:
+            slope = (data[-1] - data[-2]) / (lam[i - 1] - lam[i - 2])
+            guess = base + a * (1 - step[i]) * h**2 / 2 * slope
+        now = clean(guess, i)
+        x = base + a * (1 - step[i]) * h / 2 * (now - data[-1]) if i > 1 else guess  # the first is not corrected
+        data.append(now)
+    return data[-1]  # denoise to zero
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.4])
+def test_official_grid_of_sasolver_is_the_authors_sampler(noise):
+    policy = GaussianPolicy("flow")
+    args = arguments("flow", *"--sampler SASolverScheduler --sampler-grid official --steps 14".split(),
+                     "--sampler-noise", noise)  # fmt: skip
+    scheduler = awm.make_scheduler(args, policy.pipe.scheduler.config)
+    close(scheduler.sigmas.double(), RELEASED, 1e-5)
+    noisy = [scheduler.tau_func(t) > 0 for t in scheduler.timesteps]
+    assert sum(noisy) == (8 if noise else 0) and (not noise or noisy[3:11] == [True] * 8)  # arrivals .87145 ... .35737
+    batch = gaussian_batch(policy, 3, 0, seed=torch.randint(10**6, ()).item())
+    ours = awm.sample(policy, args, batch, 5, "")
+    told = torch.stack([time[0] for _, time, _ in policy.seen]).double()
+    close(told / 1000, RELEASED[:-1], 1e-5)
+    draws = []
+    for n in range(3):
+        generator = common.generator("sampler", args.seed, 5, n)
+        draws.append([torch.randn((1, *policy.latent_shape), generator=generator)[0] for _ in range(13)])
+    draws = [torch.stack(each).double() for each in zip(*draws)]
+    tau = lambda t: noise if 0.3 <= t <= 0.9 else 0.0  # noqa: E731
+    theirs = sa_solver(policy, batch.noise[:, 0].double(), scheduler.sigmas.double(), tau, draws)
+    close(ours.double(), theirs, 3e-4)
+    plain = arguments("flow", *"--sampler SASolverScheduler --steps 14 --sampler-noise".split(), noise)
+    assert (awm.sample(policy, plain, batch, 5, "") - ours).abs().max() > 0.01
+
+
+def test_official_grid_of_dpm_solver_is_the_models_own():
+    """DiffusionNFT: second order multistep on 1, .96013, ..., .27805, .00893, 0; first and last step of order 1."""
+    policy = GaussianPolicy("flow")
+    flags = "--sampler DPMSolverMultistepScheduler --sampler-grid official --steps 10".split()
+    batch = gaussian_batch(policy, 3, 0, seed=torch.randint(10**6, ()).item())
+    ours = awm.sample(policy, arguments("flow", *flags), batch, 0, "")
+    t = policy.grid(10, "ode", 0.0).t.tolist()
+    close(torch.tensor([t[0], t[1], t[-2], t[-1]]), [1, 0.96013, 0.27805, 0.00893], 1e-4)
+    close(torch.stack([time[0] for _, time, _ in policy.seen]).double() / 1000, t, 1e-6)
+    x, data = batch.noise[:, 0].double(), []
+    for i, now in enumerate(t):
+        data.append(x - now * policy.predict(x.float(), torch.full((3,), 1000 * now), None, 1.0).double())
+        if i == 9:
+            break
+        after = t[i + 1]
+        lam = [math.log((1 - s) / s) if s < 1 else -math.inf for s in (t[i - 1], now, after)]
+        blend = data[-1]
+        if i > 1:  # at i = 1 the step before has infinite length, and the slope is 0
+            blend = blend + (lam[2] - lam[1]) / (2 * (lam[1] - lam[0])) * (data[-1] - data[-2])
+        x = after / now * x + (1 - after - after / now * (1 - now)) * blend
+    close(ours.double(), data[-1], 3e-4)
+
+
+def test_official_grid_needs_a_flow_model(capsys):
+    with pytest.raises(SystemExit) as stop:
+        arguments("eps", *"--sampler SASolverScheduler --sampler-grid official".split())
+    assert stop.value.code == 2 and "--sampler-grid" in capsys.readouterr().err
+
+
 def test_sampler_noise_belongs_to_sasolver(capsys, monkeypatch):
     for flags in ("ode --sampler-noise 0.4", "UniPCMultistepScheduler --sampler-noise=0",
                   "SASolverScheduler --sampler-noise -0.1", "SASolverScheduler --sampler-noise nan"):  # fmt: skip
@@ -744,7 +924,8 @@ def test_the_release_presets_are_the_official_configurations():
         preset = awm.PRESETS[f"release-{name}"]
         official = dict(beta=beta, num_prompts=prompts, skip_first=skip, steps=14, cfg=1.0, weight="ghuber",
                         train_timesteps=6, train_fraction=0.9, adv_norm="global", adv_scale=5.0, clip_range=1.0,
-                        ratio="exp-each", lag_coef=1.0, updates_per_epoch=1, ema_decay=0.99)  # fmt: skip
+                        ratio="exp-each", lag_coef=1.0, updates_per_epoch=1, ema_decay=0.99, ema_every=1,
+                        dtype="float16", eval_cfg=1.0, sampler_grid="official")  # fmt: skip
         assert {key: preset[key] for key in official} == official
         assert preset["sampler"] == "SASolverScheduler" and preset["sampler_noise"] == noise
         assert ("ocr" if name == "ocr" else preset["reward"]) == reward
@@ -755,3 +936,41 @@ def test_the_release_presets_are_the_official_configurations():
         one, two = (awm.sample(policy, args, gaussian_batch(policy, 2, 0), epoch, "") for epoch in (0, 1))
         assert torch.equal(one, two) == (noise == 0)  # PickScore: an ODE
     assert awm.PRESETS["nft-geneval"]["reward"] == "geneval-reward-flowgrpo"
+
+
+def test_the_nft_presets_are_the_official_configurations():
+    for name, updates, beta in (("ocr", 2, 0.1), ("geneval", 1, 1.0)):
+        preset = awm.PRESETS[f"nft-{name}"]
+        official = dict(updates_per_epoch=updates, timesteps="subset", train_timesteps=9, train_fraction=1.0, cfg=1.0,
+                        eval_cfg=1.0, dtype="float16", sampler="DPMSolverMultistepScheduler", sampler_grid="official",
+                        offpolicy="lagged", adv_norm="global", beta=1e-4, ema_decay=0.9, ema_every=1)  # fmt: skip
+        assert {key: preset[key] for key in official} == official and preset.get("nft_beta", 1.0) == beta
+
+
+@pytest.mark.parametrize("name, decay", [("release-ocr", 0.99), ("nft-geneval", 0.9), ("nft-ocr", 0.9)])
+def test_the_average_is_the_official_one(name, decay):
+    """min((1 + s) / (10 + s), d) after every optimiser step (AWM: once an epoch of one update)."""
+    keys = ("ema_decay", "ema_every", "updates_per_epoch")
+    flags = [f"--{key.replace('_', '-')}={awm.PRESETS[name][key]}" for key in keys]
+    args = awm.parse_args(["--preset", "tiny", *flags, "--ema-warmup"])
+    here = ["--model=tiny-sd35", "--reward=shapes", "--prompts=prompts/shapes_train.txt"]
+    assert awm.parse_args(["--preset", name, *here, "--eval-prompts=", "--eval-rewards="]).ema_warmup
+    weight = torch.nn.Parameter(torch.randn(5))
+    run = SimpleNamespace(dtype=torch.float32, device=torch.device("cpu"))
+    optimiser = harness.make_optimiser(args, run, [weight])
+    average = weight.detach().double().clone()
+    for s in range(1, 40):
+        optimiser.backward((weight * torch.randn(5)).sum())
+        optimiser.step()
+        d = min((1 + s) / (10 + s), decay)
+        average = d * average + (1 - d) * weight.detach().double()
+        close(optimiser.ema.shadow[0].double(), average, 1e-5)
+
+
+def test_every_preset_says_what_differs_from_its_authors_run(capsys):
+    for name, preset in awm.PRESETS.items():
+        assert name.startswith("tiny") or len(preset["note"]) > 30, name
+    with pytest.raises(SystemExit):
+        awm.parse_args(["--preset", "nft-ocr", "--prompts", "prompts/ocr_test.txt", "--dry-run"])
+    printed = capsys.readouterr().out
+    assert awm.PRESETS["nft-ocr"]["note"] in printed and "2 per epoch" in printed

@@ -50,7 +50,7 @@ VARIANTS = [
     "--potential diff --diff-reward train --mean time_prompt",
     "--potential diff", "--objective mc", "--objective surrogate --mean batch",
     "--objective ppo --updates-per-epoch 2 --clip-range 1e-3", "--objective db", "--kl-anchor ref --kl-coef 10",
-    "--logprob-reduce sum --beta 1", "--beta-warmup-epochs 3", "--cfg 2 --reward jpeg",
+    "--logprob-reduce sum --beta 1", "--random-steps 1 --updates-per-epoch 2", "--cfg 2 --reward jpeg",
     "--cfg 2 --detach-uncond --potential diff --reward jpeg",
     "--inner-epochs 2 --updates-per-epoch 2", "--kernel ancestral", "--lora-targets to_q,to_v --lora-alpha 3",
     "--ema-decay 0.9 --ema-every 1 --sample-every 1", "--eval-kernel same --eval-steps 4", "--gradient-checkpointing",
@@ -154,8 +154,11 @@ def test_kl_to_the_reference_acts_once_the_policy_has_moved(tmp_path):
 
 
 def test_warmup_scales_the_potential(tmp_path):
-    now, warm = (train(tmp_path, f"w{n}", "--beta-warmup-epochs", n) for n in (0, 4))
-    ratio = float(metrics(warm)[1]["potential/std"]) / float(metrics(now)[1]["potential/std"])
+    """From 0: nothing moves in the first epoch."""
+    flags = ["--lr", 1e-12, "--epochs", 2, "--beta-warmup-epochs"]
+    now, warm = (metrics(train(tmp_path, f"w{n}", *flags, n)) for n in (0, 4))
+    assert float(warm[1]["potential/std"]) == 0 < float(now[1]["potential/std"])
+    ratio = float(warm[2]["potential/std"]) / float(now[2]["potential/std"])
     assert ratio == pytest.approx(1 / 4, rel=1e-4)
 
 

@@ -1,12 +1,15 @@
 """vmpo.py's pure functions against closed forms (method of the paper: Eq. numbers in the names)."""
 
+import csv
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 import common
+import harness
 import vmpo
 
 F64 = torch.float64
@@ -287,3 +290,103 @@ def test_detailed_balance_is_the_square_of_the_log_weight():
     log_w = torch.randn(9, dtype=F64)
     assert torch.equal(vmpo.db_loss(log_w), log_w**2)
     assert torch.allclose(vmpo.db_loss(log_w), vmpo.vmpo_loss(log_w, torch.zeros_like(log_w))[0])
+
+
+# ---- the official code's recipe -------------------------------------------------------------------------------------
+SMALL = "--preset tiny --num-prompts 2 --group-size 2 --steps 3 --eval-images 2 --sample-every 0".split()
+
+
+def run_metrics(folder, name, *flags):
+    vmpo.main(vmpo.parse_args([*SMALL, "--runs", str(folder), "--name", name, *map(str, flags)]))
+    with (folder / name / "metrics.csv").open(newline="") as f:
+        return [{k: float(v) for k, v in row.items() if v} for row in csv.DictReader(f)][1:]
+
+
+def test_reward_ramp_is_the_official_one():
+    """train_vmpo_sd3.py: reward_exp min(1, epoch / 50), epoch from 0."""
+    for epoch in range(120):
+        assert vmpo.reward_ramp(epoch, 50) == min(1.0, epoch / 50) and vmpo.reward_ramp(epoch, 0) == 1
+    assert vmpo.PRESETS["sd35-ocr-release"]["beta_warmup_epochs"] == 50
+
+
+POTENTIALS = ["--potential r2g", "--potential diff", "--potential learned --mean time",
+              "--potential diff --diff-reward train --mean time"]  # fmt: skip
+
+
+@pytest.mark.parametrize("flags", POTENTIALS)
+def test_the_reward_rises_from_nothing(tmp_path, flags):
+    """u_t is 0, 1/2, 1, 1 of itself (theta does not move here); without it log w is log R alone."""
+    fixed = [*flags.split(), "--lr", 1e-12, "--mean-lr", 1e-12, "--epochs", 4, "--train-fraction", 1]
+    now, ramp = (run_metrics(tmp_path, f"w{n}", *fixed, "--beta-warmup-epochs", n) for n in (0, 2))
+    for epoch, factor in enumerate((0, 1 / 2, 1, 1)):
+        for key in ("potential/mean", "potential/std"):
+            assert ramp[epoch][key] == pytest.approx(factor * now[epoch][key], rel=1e-4, abs=1e-7)
+    assert now[0]["potential/std"] > 1e-3
+    assert all(ramp[0][f"log_w/{key}"] == ramp[0][f"log_r/{key}"] for key in ("mean", "std"))
+
+
+def test_the_ramp_scales_the_reward_gradients(tmp_path):
+    """Gradient matching: at epoch 0 the reward's gradient is 0, and theta starts at the optimum of the rest."""
+    clip = ["--reward", "clipscore", "--reward-path", harness.HERE / "tiny" / "clip", "--objective", "gradient"]
+    now, ramp = (run_metrics(tmp_path, f"w{n}", *clip, "--epochs", 1, "--beta-warmup-epochs", n) for n in (0, 2))
+    assert ramp[0]["loss/theta"] == 0 < now[0]["loss/theta"]
+
+
+def test_random_steps_are_drawn_for_each_image(tmp_path, monkeypatch):
+    """The official 9 of 10: every image its own, each once, the last step among them; the loss is their mean."""
+    seen, losses = [], []
+    rows, backward = common.Rollout.rows, common.Optimiser.backward
+    monkeypatch.setattr(common.Rollout, "rows", lambda *a: (seen.append(torch.stack(a[1:], 1)), rows(*a))[1])
+    spy = lambda self, loss: (losses.append(loss.item()), backward(self, loss))[1]  # noqa: E731
+    monkeypatch.setattr(common.Optimiser, "backward", spy)
+    flags = "--steps 5 --random-steps 4 --train-fraction 1 --epochs 6 --updates-per-epoch 2 --micro-batch-size 3"
+    metrics = run_metrics(tmp_path, "run", *flags.split(), "--group-size", 4, "--lr", 1e-3)
+    table = torch.cat(seen).view(6, 8 * 4, 2)
+    left_out = []
+    for epoch in table:
+        for n in range(8):
+            steps = epoch[epoch[:, 0] == n, 1].tolist()
+            assert len(set(steps)) == len(steps) == 4
+            left_out.append(10 - sum(steps))
+        assert epoch[:, 1].max() == 4  # the last step is trained, too
+    assert len(set(left_out)) == 5 and len(set(left_out[:8])) > 1
+    per_epoch = len(losses) // 6
+    for n, row in enumerate(metrics):  # each of the two updates is a mean over its 16 transitions
+        total = sum(losses[n * per_epoch : (n + 1) * per_epoch]) / 2
+        assert total == pytest.approx(row["loss/total"], rel=1e-4, abs=1e-9)
+    with pytest.raises(SystemExit):
+        vmpo.parse_args([*SMALL, "--random-steps", "4"])
+
+
+def test_the_release_preset_is_the_official_configuration(capsys):
+    """config/vmpo.py sd3_ocr, config/base.py and scripts/train_vmpo_sd3.py of the official code."""
+    official = dict(
+        beta=0.1, steps=10, eval_steps=40, cfg=4.5, noise_level=0.7, num_prompts=256, beta_warmup_epochs=50,
+        diff_reward="train", kl_anchor="ref", kl_denom="g2", mean_coef=0.01, mean_lr=3e-5, ema_decay=0.9, ema_every=1,
+        dtype="float16", max_sequence_length=128, train_fraction=1.0, random_steps=9, lora_rank=32, lora_alpha=64,
+    )  # fmt: skip
+    preset = vmpo.PRESETS["sd35-ocr-release"]
+    assert {key: preset[key] for key in official} == official
+    paper = vmpo.PRESETS["sd35-ocr"]
+    assert paper["max_sequence_length"] == 128 and paper["dtype"] == "bfloat16" and "random_steps" not in paper
+    for name, values in vmpo.PRESETS.items():
+        assert name.startswith("tiny") or len(values["note"]) > 30, name
+    with pytest.raises(SystemExit):
+        vmpo.parse_args(["--preset", "sd35-ocr-release", "--prompts", "prompts/ocr_test.txt", "--dry-run"])
+    printed = capsys.readouterr().out
+    assert "2304, 1152 per update" in printed and preset["note"] in printed  # 256 x 9
+
+
+def test_the_average_is_the_official_one():
+    """EMAModuleWrapper(decay=0.9, update_step_interval=1): min((1 + s) / (10 + s), 0.9) after every step."""
+    preset = vmpo.PRESETS["sd35-ocr-release"]
+    args = vmpo.parse_args([*SMALL, f"--ema-decay={preset['ema_decay']}", f"--ema-every={preset['ema_every']}",
+                            "--ema-warmup"])  # fmt: skip
+    weight, run = torch.nn.Parameter(torch.randn(5)), SimpleNamespace(dtype=torch.float32, device=torch.device("cpu"))
+    optimiser = harness.make_optimiser(args, run, [weight])
+    average = weight.detach().double().clone()
+    for s in range(1, 120):
+        optimiser.backward((weight * torch.randn(5)).sum())
+        optimiser.step()
+        average += (1 - min((1 + s) / (10 + s), 0.9)) * (weight.detach().double() - average)
+        assert torch.allclose(optimiser.ema.shadow[0].double(), average, atol=1e-6)
