@@ -15,7 +15,7 @@ Algorithm, one epoch (the loop below repeats the numbers):
                 to the end; or a tree that is stochastic everywhere
   2 reward      r of every leaf; a node of a tree has the mean of its leaves
   3 advantage   A = (r - mean) / (std + 1e-4) among the children of (seed, step),
-                or of (prompt, step)
+                or of (prompt, step); rows with A = 0 do not count (--mask)
   4 update      for each parent state, shuffled over images and steps:
      4a         the log ratio of every child; siblings share one network pass
      4b         the loss: PPO, hinge or Eq. 10 itself, times gamma(t)     Eq. 10, 104-114
@@ -26,6 +26,7 @@ Differs from the papers: siblings share the training pass, because they share (x
        the same loss (they are averaged) for a B_i-th of the cost.
 Differs from public code: no state is evaluated twice; advantages, weights and biases are
        per row (TempFlow's broadcast to (B,1,1,B); Guard's are averaged over the batch).
+       A preset's own differences are its note, which a run prints.
 Run:   python tempflow_rsm.py --preset tiny-sd15      # embedded model, CPU, no downloads
        torchrun --nproc-per-node 4 tempflow_rsm.py --preset rsm-geneval
 Port:  copy the functions under "method": tensors in, tensors out; see docs/port.md.
@@ -34,7 +35,6 @@ Port:  copy the functions under "method": tensors in, tensors out; see docs/port
 
 import dataclasses
 import math
-import warnings
 from collections import defaultdict
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -46,40 +46,64 @@ import harness
 import rewards
 from harness import need
 
-TINY = harness.TINY | dict(group_size=1, num_prompts=4, kl="true", beta=0.05, decode_batch_size=256)
+TINY = harness.TINY | dict(
+    group_size=1, num_prompts=4, kl="true", beta=0.05, mask="groups", decode_batch_size=256
+)  # fmt: skip
 DEFAULTS = dict(
     model="sd3.5-medium", num_prompts=16, group_size=4, steps=10, eval_steps=40, cfg=4.5,
     lora_rank=32, lora_alpha=64, max_sequence_length=128, ema_decay=0.9, micro_batch_size=4,
 )  # fmt: skip
-SD35 = DEFAULTS | dict(noise_level=0.7)
+# for the notes: half the memory; needs the test list and time; less repetition, the same law
+HALF = "weights in float16 (theirs: float32, autocast), evaluations off between the first and last"
+OURS = f"prompts in shuffled passes (theirs: with repetition), {HALF}"
+SD35 = DEFAULTS | dict(noise_level=0.7, dtype="float16")
 GENEVAL = SD35 | dict(
-    num_prompts=48, reward="geneval-reward", eval_rewards="geneval", beta=0.004, epochs=420,
+    num_prompts=48, reward="geneval-reward-flowgrpo", eval_rewards="geneval,pickscore",
     prompts="prompts/geneval_train.jsonl", eval_prompts="prompts/geneval_official.jsonl",
+    beta=0.004, epochs=420,
 )  # fmt: skip
 AESTHETIC = SD35 | dict(
-    reward="aesthetic", kl="heuristic", beta=0.01, epochs=150,
+    reward="aesthetic", kl="heuristic", beta=0.01, epochs=150, ema_repeats=8,
     prompts="prompts/pickscore_train.txt", eval_prompts="prompts/pickscore_test.txt",
+    note=f"150 epochs (theirs: 151, the last is evaluated only), {OURS}",
 )  # fmt: skip
+EPOCHS = "420 epochs as in RSM's text (its configuration: 1081)"
 RSM = dict(loss="hinge", reweight="none", fair_clip="guard")
 SD15 = dict(
     model="sd15", steps=50, eval_steps=50, cfg=5.0, ema_decay=0.0, micro_batch_size=8,
     lora_rank=16, lora_alpha=16, num_prompts=8, epochs=300,
     grouping="prompt", loss="hinge", reweight="pcpo", kl="none",
+    dtype="float16", shared_blocks=2, eval_kernel="same",
 )  # fmt: skip
+HPD = (
+    "8 prompts an epoch in all (the configuration's 8 are per GPU; RSM's text: 4 GPUs), two HPDv2 "
+    f"benchmark files for its 103k training prompts, which are not shipped, {HALF}"
+)
 PRESETS = {
-    # TempFlow-GRPO as released; RSM's baselines
-    "tempflow-sd35-geneval": GENEVAL,
+    # TempFlow-GRPO as RSM's baselines
+    "tempflow-sd35-geneval": GENEVAL | dict(
+        ema_repeats=12,
+        note="RSM's baseline, not TempFlow's own run (8 prompts x 4 images, 3000 epochs); "
+        f"{EPOCHS}, {OURS}",
+    ),
     "tempflow-sd35-aesthetic": AESTHETIC,
     # RSM, mechanistic study: as many rows, spread evenly or so that all steps are as noisy
     "rsm-uniform": AESTHETIC | RSM | dict(profile="7,7,7,7,7,7,6,6,0"),
     "rsm-equalvar": AESTHETIC | RSM | dict(profile="4,5,5,6,7,8,9,10,0"),
     # RSM, GenEval: children on the four noisiest steps, KL anchors on the others
-    "rsm-geneval": GENEVAL | RSM | dict(profile="6,6,8,10", anchor_beta=0.004),
+    "rsm-geneval": GENEVAL | RSM | dict(
+        profile="6,6,8,10", anchor_beta=0.004, ema_repeats=7, note=f"{EPOCHS}, {OURS}",
+    ),
     # RSM, SD1.5: PCPO on whole stochastic trajectories, its redesign with sparse branching
-    "pcpo-sd15-hpsv2": SD15 | dict(branching="tree", tree_splits="", group_size=16),
+    "pcpo-sd15-hpsv2": SD15 | dict(
+        branching="tree", tree_splits="", group_size=16, adv_eps=1e-8, train_fraction=0.98,
+        tail="sde", mask="none", note=f"{HPD}, updates of random transitions (theirs: of whole images)",
+    ),
+    # its 5 trunks a prompt start from one x_T, hence are one; .8 = 80 anchors / 100 micro-batches
     "rsm-sd15-hpsv2": SD15 | dict(
-        group_size=5, profile="0:4,10:4,20:4,30:4,40:4",
-        anchor_beta=8e-5, anchor_form="pcpo", anchor_max_ratio=0.1,
+        group_size=1, profile="0:20,10:20,20:20,30:20,40:20", anchor_beta=8e-5,
+        anchor_form="pcpo", anchor_max_ratio=0.1, anchor_first=0.8,
+        note=f"{HPD}, updates of whole states (theirs: of random children)",
     ),
     # the embedded models: coloured shapes on a CPU (ours; docs/tempflow_rsm.md)
     "tiny": TINY | dict(model="tiny-sd35", lr=4e-4, epochs=200),
@@ -94,21 +118,21 @@ METRICS = harness.Metrics(
     tops=("ratio/max", "ratio/start_deviation"),
     more=("grad/norm",),  # before it "value_std/NN" of every step with children
 )  # fmt: skip
-# power p; steps without children among the first 9 of 10
-PROFILES = {"base": (0.0, 0), "uniform": (0.0, 1), "equalvar": (1.0, 1), "lowsnr": (1.0, 5)}
 
 
 def parse_args(argv=None):
     parser = harness.make_parser(__doc__, "tempflow_rsm")
     flag = harness.flags(parser, "method")
     flag("--branching", "trunk", ["trunk", "tree"], "ODE trunks (TempFlow), stochastic trees (BranchGRPO)")
-    flag("--profile", "base", "text", f"B_i: {', '.join(PROFILES)}; 'B_0,B_1,...'; 'step:B,...'")
-    flag("--profile-total", None, "int >= 1", "sum of a named profile's B_i (RSM: 54, lowsnr 30)")
-    flag("--profile-power", None, "float", "p of B_i ~ sigma_i^-p (RSM: 0 or 1; Eq. 19 asks for 2)")
-    flag("--profile-inactive", None, "int >= 0", "childless steps before the last (RSM: 0, 1, 1, 5 of 9)")
+    flag("--profile", "base", "text", "B_i: 'B_0,B_1,...'; 'step:B,...'; base: 6, but for the last")
     flag("--tree-splits", "0,3,6,9", "text", "steps with two children (BranchGRPO: 0,3,6,9 of 20)")
-    flag("--tail", "ode", ["ode", "sde"], "trunk: how a child goes on to the end (TempFlow: ode)")
+    tail = "trunk: how a child goes on (TempFlow: ode); tree: untrained steps (PCPO: sde)"
+    flag("--tail", "ode", ["ode", "sde"], tail)
     flag("--grouping", "seed", ["seed", "prompt"], "A among the image's children, or the prompt's (SD1.5)")
+    flag("--adv-eps", 1e-4, "float > 0", "A = (r - mean) / (std + this) (RSM, TempFlow: 1e-4; PCPO: 1e-8)")
+    flag("--adv-unbiased", False, "yes/no", "std over the group's size - 1 (BranchGRPO, with eps 1e-8)")
+    masked = "rows that do not count: A = 0 (RSM), of groups with equal rewards, none (PCPO, BranchGRPO)"
+    flag("--mask", "rows", ["rows", "groups", "none"], masked)
     flag("--adv-clip", 5.0, "float > 0 or inf", "A is clipped to +- this (TempFlow, RSM: 5)")
     flag("--loss", "ppo", ["ppo", "hinge", "rsm"], "clipped ratio (TempFlow), RSM Eq. 104, Eq. 10 itself")
     methods = ["none", "tempflow", "pcpo", "guard"]
@@ -123,6 +147,8 @@ def parse_args(argv=None):
     flag("--anchor-beta", 0.0, "float >= 0", "KL on childless steps (RSM: 0.004 GenEval, 8e-5 SD1.5)")
     flag("--anchor-form", "kl", ["kl", "pcpo"], "mean(B) KL (RSM, flow), W^2 |d eps|^2 / 2 (RSM, SD1.5)")
     flag("--anchor-max-ratio", None, "float >= 0", "at most so many anchors per child (RSM, SD1.5: 0.1)")
+    flag("--anchor-first", 0.0, "float >= 0", "all of them in update 1, beta times this (RSM, SD1.5: 0.8)")
+    flag("--shared-blocks", 0, "int >= 0", "N: one x_T for each N-th part of an epoch (RSM, SD1.5: 2); 0 = off")
     flag("--entropy", 0.0, "float >= 0", "beta of the return r - beta log(p_theta / p_ref) (RSM Eq. 57-60)")
     harness.add_args(parser)
     parser.set_defaults(**DEFAULTS)
@@ -130,23 +156,6 @@ def parse_args(argv=None):
 
 
 # ---- method: pure functions of tensors ---------------------------------------
-def make_profile(sigma: list[float], power: float, total: int, inactive: int) -> list[int]:
-    """B_i ~ sigma_i^-power (T,), 0 at the last step and the `inactive` ones before it.  RSM.
-
-    Rounded to `total` by largest remainders; the earlier step wins a tie.
-    paper: Eq. 19 would ask for power 2, its lists follow 1.
-    """
-    active = len(sigma) - 1 - inactive
-    weight = [s**-power for s in sigma[:active]]
-    share = [total * w / sum(weight) for w in weight]
-    widths = [int(x) for x in share]
-    # 9 digits: rounding errors must not decide between equal remainders
-    order = sorted(range(active), key=lambda i: (-round(share[i] - widths[i], 9), i))
-    for i in order[: total - sum(widths)]:
-        widths[i] += 1
-    return widths + [0] * (len(sigma) - active)
-
-
 def clipped_loss(adv, log_ratio, clip_range) -> torch.Tensor:
     """max(-A ratio, -A clip(ratio, 1 - xi, 1 + xi)), (R,); xi a number or (R,)."""
     ratio = log_ratio.exp()
@@ -210,6 +219,7 @@ class Rows:
     z: torch.Tensor  # (R, C, h, w), state by state, as are the next two
     adv: torch.Tensor  # (R,) A
     equal: torch.Tensor  # (R,) whether all values of its group are equal
+    counts: torch.Tensor  # (R,) whether the row counts
 
     @property
     def parent(self) -> torch.Tensor:
@@ -222,7 +232,7 @@ class Rows:
         c = [first[q] + b for q in p.tolist() for b in range(self.width[q])]
         c = torch.tensor(c, dtype=torch.long)
         states = (v[p] for v in (self.x_t, self.o_old, self.o_ref, self.step, self.image, self.width))
-        return Rows(*states, self.z[c], self.adv[c], self.equal[c])
+        return Rows(*states, *(v[c] for v in (self.z, self.adv, self.equal, self.counts)))
 
     def find(self, pairs: torch.Tensor) -> torch.Tensor:
         """The states of these (image, step): several in a tree, none for an anchor left out."""
@@ -232,8 +242,8 @@ class Rows:
         return torch.tensor([p for n, i in pairs.tolist() for p in of[n, i]], dtype=torch.long)
 
 
-def all_rows(levels: dict[int, Level], adv: torch.Tensor, equal: torch.Tensor) -> Rows:
-    """The states of all steps and their children, step by step."""
+def all_rows(levels: dict[int, Level], *children: torch.Tensor) -> Rows:
+    """The states of all steps and their children (adv, equal, counts), step by step."""
     every = list(levels.values())
     x_t, o_old = torch.cat([v.x_t for v in every]), torch.cat([v.o_old for v in every])
     o_ref = x_t.new_tensor(torch.nan).expand_as(x_t)  # a view: no memory
@@ -244,7 +254,7 @@ def all_rows(levels: dict[int, Level], adv: torch.Tensor, equal: torch.Tensor) -
     step = torch.tensor(list(levels)).repeat_interleave(count)
     width = torch.tensor([v.z.shape[1] for v in every]).repeat_interleave(count)
     image, z = torch.cat([v.image for v in every]), torch.cat([v.z.flatten(0, 1) for v in every])
-    return Rows(x_t, o_old, o_ref, step, image, width, z, adv, equal)
+    return Rows(x_t, o_old, o_ref, step, image, width, z, *children)
 
 
 def main(args):
@@ -256,7 +266,7 @@ def main(args):
     native = policy.grid(args.steps, args.kernel, args.noise_level)
     ode = policy.grid(args.steps, "ode", 0.0)
     sde = stochastic_grid(native, args)
-    trainable = common.policy_steps(sde, args.train_steps)
+    common.policy_steps(sde, args.train_steps)  # refuses a grid without noise
     widths = children_per_step(args, sde.sigma.tolist())  # B_i, (T,)
     branching, anchors = [i for i, b in enumerate(widths) if b], anchor_steps(args, widths)
     mean_width = sum(widths) / len(branching)
@@ -264,7 +274,8 @@ def main(args):
         print(f"children per step: {' '.join(map(str, widths))}")
     w_loss = sde.w  # of the log ratio in the loss
     if args.reweight == "pcpo":  # w~, of the native grid also for PCPO's own sampler
-        kind, of = ("zeta", branching) if args.kind == "flow" else ("public", trainable)
+        noisy = [i for i in range(args.steps) if native.sigma[i] >= common.MIN_SIGMA]
+        kind, of = ("zeta", branching) if args.kind == "flow" else ("public", noisy)
         w_loss = common.pcpo_weights(native, of, kind)
     optimiser = harness.make_optimiser(args, run, theta)
     spreads = [f"value_std/{i:02d}" for i in branching]
@@ -276,7 +287,7 @@ def main(args):
     for epoch in recorder.epochs():
         # ---- 1 rollout -------------------------------------------------------
         recorder.phase()
-        batch = harness.epoch_batch(args, policy, epoch)
+        batch = harness.epoch_batch(args, policy, epoch, blocks=args.shared_blocks)
         with common.progress(None, "rollout") as bar:
             if args.branching == "tree":
                 levels, ends = tree_rollout(policy, sde, ode, batch, widths, args, epoch, bar)
@@ -302,16 +313,21 @@ def main(args):
             value = levels[i].value.flatten()
             # image by image, hence prompt by prompt: groups are blocks of equal size
             group = images * len(value) // len(batch.prompts)
-            found.append(common.group_advantage(value, group, "group"))
+            each = common.group_advantage(value, group, "group", args.adv_eps, args.adv_unbiased)
+            found.append(each)
             spread[key] = common.gather(value.view(-1, group).std(1, correction=0)).mean().item()
         adv, equal = (torch.cat(each) for each in zip(*found))
-        every = all_rows(levels, adv.clamp(-args.adv_clip, args.adv_clip), equal)
+        counts = rows_that_count(adv, equal, args)
+        every = all_rows(levels, adv.clamp(-args.adv_clip, args.adv_clip), equal, counts)
 
         # ---- 4 update --------------------------------------------------------
         recorder.phase()
-        stats, norms, steps = recorder.stats(epoch), [], sorted(branching + anchors)
+        stats, norms = recorder.stats(epoch), []
+        steps = sorted(branching + ([] if args.anchor_first else anchors))
         for update, part in enumerate(harness.epoch_updates(args, batch, steps, epoch)):
             mine = every.find(part)
+            if args.anchor_first and update % args.updates_per_epoch == 0:  # of a pass
+                mine = torch.cat([mine, (every.width == 0).nonzero()[:, 0]])
             count = count_rows(every, mine)  # over all processes
             if not count["states"]:  # anchors only, all of them left out: no update
                 continue
@@ -337,11 +353,12 @@ def main(args):
                 total = loss + args.beta * kl
                 if args.loss == "rsm":
                     total = eq_10(sde, rows, i, w * drift[own], moved, loss, w_loss, args)
-                total = total * ~rows.equal  # no policy term, hence no KL to hold it either
+                total = total * rows.counts  # no policy term, hence no KL to hold it either
                 if args.branching == "trunk":  # every step weighs the same, whatever its width
                     total = total * mean_width / rows.width[own].to(total)
                 # micro-batches and processes add up to the mean over the update's rows, anchors
                 anchored = args.anchor_beta * anchor.sum() / max(1.0, count["anchors"])
+                anchored = anchored * (args.anchor_first or 1.0)
                 optimiser.backward(total.sum() / max(1.0, count["rows"]) + anchored)
                 ratio, outside = log_ratio.exp(), log_ratio.abs() > xi
                 stats.add({
@@ -483,6 +500,10 @@ def tree_rollout(policy, sde, ode, batch, widths, args, epoch, bar):
             levels[i] = Level(x, o, o_ref, z, image)
             x = (sde.mu(x, o, i)[:, None] + sde.at(sde.sigma, i, z) * z).flatten(0, 1)
             nodes = nodes * b
+        elif args.tail == "sde" and sde.sigma[i] >= common.MIN_SIGMA:
+            z = branch_noise(args, epoch, i, batch.indices, nodes, policy.latent_shape, x.device)
+            z = z.flatten(0, 1)
+            x = sde.mu(x, o, i) + sde.at(sde.sigma, i, z) * z
         else:
             x = ode.mu(x, o, i)
         bar.update(1)
@@ -517,10 +538,22 @@ def score(policy, reward, leaves, batch, args):
     return {i: total for i, (total, _) in found.items()}, parts
 
 
+def rows_that_count(adv: torch.Tensor, equal: torch.Tensor, args) -> torch.Tensor:
+    """(R,) by --mask; rows: A != 0, also in groups of unequal rewards, or all where all A are 0.
+
+    ref-code: RSM; TempFlow drops a row whose A is 0 at all steps, BranchGRPO and PCPO drop none.
+    ours: "all" is over all processes (RSM: of a process), so that a run depends on no GPU count.
+    """
+    if args.mask == "groups":
+        return ~equal
+    some = common.all_reduce({"rows": float((adv != 0).sum())})["rows"]
+    return adv != 0 if args.mask == "rows" and some else torch.ones_like(equal)
+
+
 def count_rows(every: Rows, mine: torch.Tensor) -> dict[str, float]:
     """States, anchors and rows that count among the states `mine` of all processes."""
     anchors = every.width[mine] == 0
-    valid = ~every.equal[torch.isin(every.parent, mine)]
+    valid = every.counts[torch.isin(every.parent, mine)]
     count = {"states": len(mine), "anchors": anchors.sum(), "rows": valid.sum()}
     return common.all_reduce({key: float(value) for key, value in count.items()})
 
@@ -535,12 +568,15 @@ def policy_loss(grid, rows: Rows, i, moved, args):
     log_ratio = common.log_ratio(moved, rows.z, args.logprob_reduce)
     if args.reweight == "guard":
         log_ratio = common.reduce_latent(moved * rows.z, args.logprob_reduce) * sigma
+    weight = args.tempflow_scale * sigma if args.reweight == "tempflow" else torch.ones_like(sigma)
+    # ref-code: TempFlow's weight is outside PPO's clip, inside the hinge (there without fair clip)
+    inside = args.loss != "ppo" and args.fair_clip == "none"
+    log_ratio = log_ratio * weight if inside else log_ratio
     clipped = clipped_loss if args.loss == "ppo" else hinge_loss  # rsm: which rows are open
     loss = clipped(rows.adv, log_ratio, xi)
     if args.reweight == "guard":
         loss = loss / dt
-    elif args.reweight == "tempflow":  # outside the clip
-        loss = loss * (args.tempflow_scale * sigma)
+    loss = loss if inside else loss * weight
     return (loss * sigma / dt if args.fair_clip == "guard" else loss), log_ratio, xi
 
 
@@ -573,16 +609,16 @@ def kl_terms(grid, rows: Rows, i, kl_ref, drift, mean_width: float, args):
 def check(args):
     tree, images, loss = args.branching == "tree", args.group_size, args.loss
     args.widths = children_per_step(args)
-    if not args.widths and (scheduler := find_scheduler(args)):
-        native = common.make_grid(scheduler, args.kind, args.steps, args.kernel, args.noise_level)
-        args.widths = children_per_step(args, stochastic_grid(native, args).sigma.tolist())
     later = f"--entropy {args.entropy} needs stochastic later steps"
     need(not args.entropy or tree or args.tail == "sde", f"{later}; use --branching tree or --tail sde")
     childless = f"--anchor-beta {args.anchor_beta} is of states without children, a tree has none"
     need(not args.anchor_beta or not tree, f"{childless}; leave it out")
-    same = f"--shared-noise makes the {images} trunks of a prompt identical"
-    shared = args.shared_noise and not tree and images > 1
+    flags = "--shared-blocks" if args.shared_blocks else "--shared-noise"
+    same = f"{flags} makes the {images} trunks of a prompt identical"
+    shared = (args.shared_noise or args.shared_blocks) and not tree and images > 1
     need(not shared, f"{same}; use --group-size 1 and a wider --profile")
+    both = "--shared-blocks and --shared-noise share x_T in two ways; use one of them"
+    need(not args.shared_blocks or not args.shared_noise, both)
     square = "--loss rsm writes policy term and KL as one square (Eq. 10)"
     whole = loss != "rsm" or args.kl == "true" and args.beta > 0
     need(whole, f"{square}; use --kl true and --beta above 0, or --loss hinge")
@@ -597,25 +633,21 @@ def check(args):
         harness.warn_of_clip_range(args)
 
 
-def children_per_step(args, sigma: list[float] | None = None) -> list[int] | None:
-    """B_i (T,), checked; None where they depend on a sigma (T,) that is not known yet."""
-    tree, text = args.branching == "tree", f"--profile {args.profile}"
-    if tree:
-        widths, text = tree_widths(args), "--tree-splits"
-    elif args.profile.isalpha():
-        widths = named_profile(args, sigma)
-    else:
-        widths = parse_profile(args)
-    if widths is None:
-        return None
-    for i in range(args.steps) if sigma else ():
-        if sigma[i] < common.MIN_SIGMA:
+def children_per_step(args, sigma=()) -> list[int]:
+    """B_i (T,), checked; against the grid's sigma (T,) too, once that is known."""
+    tree = args.branching == "tree"
+    text = "--tree-splits" if tree else f"--profile {args.profile}"
+    widths = tree_widths(args) if tree else parse_profile(args)
+    for i, noise in enumerate(sigma):
+        if noise < common.MIN_SIGMA:
             what = f"{text} {'splits' if tree else 'has children'} at step {i}, which has no noise"
             most = 1 if tree else 0  # a tree goes on by an ODE step there
             need(widths[i] <= most, f"{what} with kernel {args.kernel}; leave it out")
             widths[i] = 0
     samples, anchors = args.num_prompts * args.group_size, anchor_steps(args, widths)
-    states = samples * sum(map(bool, widths)) + anchor_count(args, anchors, sum(widths))
+    states = samples * sum(map(bool, widths))
+    if not args.anchor_first:
+        states += anchor_count(args, anchors, sum(widths))
     what = f"--updates-per-epoch {args.updates_per_epoch} is more than the {states} states"
     need(args.updates_per_epoch <= states, f"{what} of an epoch; use fewer")
     return widths
@@ -644,13 +676,14 @@ def tree_widths(args) -> list[int]:
 
 
 def parse_profile(args) -> list[int]:
-    """--profile '6,6,8,10' or '0:4,10:4' -> T numbers of children."""
+    """--profile '6,6,8,10', '0:4,10:4' or 'base' -> T numbers of children."""
     text, steps, trained = f"--profile {args.profile}", args.steps, args.train_steps
+    words = ["6"] * (steps - 1) if args.profile == "base" else args.profile.split(",")
     try:
-        items = [[int(v) for v in item.split(":")] for item in args.profile.split(",")]
+        items = [[int(v) for v in item.split(":")] for item in words]
         given = dict(item if len(item) > 1 else (n, *item) for n, item in enumerate(items))
     except ValueError:
-        raise common.UsageError(f"{text} is not a list 'B_0,B_1,...' or 'step:B,...'") from None
+        raise common.UsageError(f"{text} is not base or a list 'B_0,B_1,...' or 'step:B,...'") from None
     for i, b in given.items():
         possible = 0 <= i < steps and (b == 0 or b > 0 and i < trained)
         grid = f"the grid has {steps} steps, of which {trained} are trained"
@@ -660,45 +693,6 @@ def parse_profile(args) -> list[int]:
     fewest = min(b for b in given.values() if b)
     check_siblings(args, fewest, f"{text} has a step with one child")
     return [given.get(i, 0) for i in range(steps)]
-
-
-def named_profile(args, sigma: list[float] | None) -> list[int] | None:
-    """The B_i of --profile NAME on any grid; None where they depend on a sigma that is None."""
-    name, last, trained, total = args.profile, args.steps - 1, args.train_steps, args.profile_total
-    known = f"{', '.join(PROFILES)}, a list 'B_0,B_1,...' or 'step:B,...'"
-    need(name in PROFILES, f"--profile {name} is unknown; use {known}")
-    power, inactive = PROFILES[name]
-    power = power if args.profile_power is None else args.profile_power
-    what = f"--profile-power {power} is no exponent one can use; give one between -10 and 10"
-    need(abs(power) <= 10, what)
-    inactive = round(inactive * last / 9) if args.profile_inactive is None else args.profile_inactive
-    active = last - inactive
-    what = f"--profile-inactive {inactive} leaves {active} steps with children, {trained} are trained"
-    need(0 < active <= trained, f"{what}; use {max(0, last - trained)} to {last - 1}")
-    if sigma is None and power:
-        return None
-    if total is None:
-        total = round(7.5 * active) if name == "lowsnr" else 6 * last
-    # a step without noise is refused later, in words
-    noise = [max(s, common.MIN_SIGMA) for s in sigma or [1.0] * args.steps]
-    widths = make_profile(noise, power, total, inactive)
-    made = f"--profile-total {total} makes {' '.join(map(str, widths))}"
-    check_siblings(args, min(widths[:active]), made)
-    return widths
-
-
-def find_scheduler(args):
-    """The model's scheduler, by its configuration alone; None for a model still on the hub."""
-    import diffusers
-
-    flow = args.kind == "flow"
-    cls = diffusers.FlowMatchEulerDiscreteScheduler if flow else diffusers.DDIMScheduler
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # diffusers passes a deprecated option to the hub's client
-        try:
-            return cls.from_pretrained(args.model_path, subfolder="scheduler", local_files_only=True)
-        except OSError:
-            return None
 
 
 def network_evaluations(widths: list[int], last: int) -> int:
@@ -712,9 +706,6 @@ def network_evaluations(widths: list[int], last: int) -> int:
 def sizes(args) -> dict[str, str]:
     """The lines of --dry-run."""
     samples, widths = args.num_prompts * args.group_size, args.widths
-    if widths is None:
-        late = f"profile {args.profile}: generated from the model's grid when it is loaded"
-        return {"children": late, "memory for the rollout": "unknown before that"}
     rows, training = sum(widths), [i for i, b in enumerate(widths) if b]
     anchors, tails = anchor_steps(args, widths), 0
     if args.branching == "tree":

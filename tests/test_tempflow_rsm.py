@@ -136,6 +136,8 @@ def printed(loss, reweight, fair, adv, o, o_old, z, i, k, xi, reduce, weight=Non
     if reweight == "guard":
         lam = (lam + red((mu - mu_old) ** 2 / (2 * s**2))) * sigma
     unit = sigma**2 if fair != "none" else torch.ones_like(sigma)  # u = sigma^2 lambda is clipped at xi
+    inside = (loss, reweight, fair) == ("hinge", "tempflow", "none")  # RSM's code; with PPO the weight is outside
+    lam = lam * scale * sigma if inside else lam
     u = unit * lam
     if loss == "hinge":
         value = (xi * adv.abs() - adv * u).clamp(min=0) / unit
@@ -146,7 +148,7 @@ def printed(loss, reweight, fair, adv, o, o_old, z, i, k, xi, reduce, weight=Non
         shut = (adv > 0) & (ratio > 1 + xi / unit) | (adv < 0) & (ratio < 1 - xi / unit)
     if fair == "guard":
         value = value * sigma / dt
-    if reweight == "tempflow":
+    if reweight == "tempflow" and not inside:
         value = value * scale * sigma
     if reweight == "guard":
         value = value / dt
@@ -245,6 +247,9 @@ E5 = {
     "tempflow": lambda r: (
         2.25 * r.sigma * tempflow.clipped_loss(r.adv, r.lam, r.xi), r.ra, 2.25 * r.sigma, 2.25 * r.sigma * r.ra,
         ppo_rows(r.adv, r.ratio, r.xi)),
+    "tempflow-hinge": lambda r: (
+        tempflow.hinge_loss(r.adv, 2.25 * r.sigma * r.lam, r.xi), r.adv, 2.25 * r.sigma, 2.25 * r.sigma * r.adv,
+        r.adv * 2.25 * r.sigma * r.lam < r.xi * r.adv.abs()),
     "guard": lambda r: (
         tempflow.clipped_loss(r.adv, r.cross, r.xi) / r.dt, r.adv * r.cross.exp().detach(), r.sigma / r.dt, 0 * r.adv,
         ppo_rows(r.adv, r.cross.exp(), r.xi)),
@@ -276,7 +281,8 @@ def test_every_zeroth_order_row_is_eq_10_in_scores(method, grid):
     r.lam_w, r.gamma = common.log_ratio(wide(-table[i]) * (o - o_old), z, "sum"), table[i] / k.w[i]
     r.ratio = r.lam.exp().detach()
     r.ra = r.adv * r.ratio
-    scale = {"guard": r.cross, "fair": r.lam * r.sigma**2, "pcpo": r.lam_w}.get(method, r.lam)
+    scale = {"guard": r.cross, "fair": r.lam * r.sigma**2, "pcpo": r.lam_w, "tempflow-hinge": 2.25 * r.sigma * r.lam}
+    scale = scale.get(method, r.lam)
     r.xi = 1.001 * scale.detach().abs().median().item()
     loss, a, gamma, c2, is_open = E5[method](r)
     if method not in ("reinforce", "epg"):
@@ -371,39 +377,6 @@ def test_pcpo_weights_and_sampler():
 
 
 # ---- profiles -------------------------------------------------------------------------------------------------------
-SIGMA = [0.7, 0.742964, 0.536152, 0.445897, 0.391794, 0.352797, 0.319070, 0.282007, 0.225360, 0.006278]  # golden
-
-
-@pytest.mark.parametrize(
-    "power, total, inactive, published, slack",
-    [(0, 54, 0, "6 6 6 6 6 6 6 6 6", 0), (0, 54, 1, "7 7 7 7 7 7 6 6 0", 0), (1, 54, 3, "6 6 8 10 11 13 0 0 0", 0),
-     (1, 30, 5, "6 6 8 10 0 0 0 0 0", 0), (1, 54, 1, "4 5 5 6 7 8 9 10 0", 1), (1, 54, 0, "3 3 4 5 6 7 7 8 11", 1)],
-)  # fmt: skip
-def test_published_profiles(power, total, inactive, published, slack):
-    ours, theirs = tempflow.make_profile(SIGMA, power, total, inactive), [*map(int, published.split()), 0]
-    assert len(ours) == 10 and sum(ours) == total == sum(theirs)
-    assert all(abs(a - b) <= slack and (a > 0) == (b > 0) for a, b in zip(ours, theirs))
-
-
-@pytest.mark.parametrize("seed", range(30))
-def test_profiles_are_rounded_by_largest_remainder(seed):
-    gen = torch.Generator().manual_seed(seed)
-    steps = int(torch.randint(3, 30, (), generator=gen))
-    sigma = (0.05 + torch.rand(steps, generator=gen, dtype=F64)).tolist()
-    inactive = int(torch.randint(steps - 1, (), generator=gen))
-    total, power = int(torch.randint(1, 200, (), generator=gen)), [0.0, 1.0, 2.0, 0.5][seed % 4]
-    widths = tempflow.make_profile(sigma, power, total, inactive)
-    active = steps - 1 - inactive
-    assert len(widths) == steps and sum(widths) == total and not any(widths[active:])
-    share = torch.tensor(sigma[:active], dtype=F64) ** -power
-    share = (share * total / share.sum()).tolist()
-    rest = [b - s for b, s in zip(widths, share)]
-    assert all(-1 - 1e-9 < r < 1 + 1e-9 for r in rest)
-    up = [s % 1 for b, s in zip(widths, share) if b > s + 1e-9]  # fractional parts that were rounded up, down
-    down = [s % 1 for b, s in zip(widths, share) if b < s - 1e-9]
-    assert not up or not down or min(up) >= max(down) - 1e-9
-
-
 @pytest.mark.parametrize(
     "profile, rows, nfe",
     [("6 6 6 6 6 6 6 6 6", 54, 333), ("7 7 7 7 7 7 6 6 0", 54, 366), ("4 5 5 6 7 8 9 10 0", 54, 324),
@@ -417,57 +390,19 @@ def test_published_numbers_of_network_evaluations(profile, rows, nfe):
     assert 9 + sum(b * (1 + 9 - i) for i, b in enumerate(widths)) == nfe
 
 
-def test_named_profiles_fit_any_grid():
-    for steps in (4, 7, 10, 25):
-        sigma = kernel("flow", steps).sigma.tolist()
-        for name, inactive in (("base", 0), ("uniform", 1), ("equalvar", 1), ("lowsnr", 5)):
-            args = parse("--steps", steps, "--profile", name)
-            widths = tempflow.named_profile(args, sigma)
-            active = steps - 1 - round(inactive * (steps - 1) / 9)
-            assert len(widths) == steps and all(widths[:active]) and not any(widths[active:])
-            assert sum(widths) == (round(7.5 * active) if name == "lowsnr" else 6 * (steps - 1))
-            rank = sorted(range(active), key=lambda i: -sigma[i])  # the noisier, the fewer
-            ordered = [widths[i] for i in rank]
-            assert name in ("base", "uniform") or ordered == sorted(ordered)
-    args = parse("--steps 10 --profile equalvar --profile-total 40 --profile-power 2 --profile-inactive 2")
-    assert tempflow.named_profile(args, SIGMA) == tempflow.make_profile(SIGMA, 2, 40, 2)
+def test_profiles_as_given():
     assert parse("--steps 10 --profile 6,6,8,10").widths == [6, 6, 8, 10, 0, 0, 0, 0, 0, 0]
     sparse = parse("--model tiny-sd15 --steps 50 --profile 0:4,10:4,20:4,30:4,40:4").widths
     assert sparse == [4 if i % 10 == 0 else 0 for i in range(50)]
+    for steps in (4, 7, 10, 25):
+        assert parse("--steps", steps, "--profile base").widths == [6] * (steps - 1) + [0]
 
 
-def test_widths_are_known_before_any_weight_is_read(tmp_path, monkeypatch, capsys):
-    for model, kind in (("tiny-sd35", "flow"), ("tiny-sd15", "eps")):
-        args = parse("--model", model, "--steps 10 --profile equalvar")
-        assert args.widths == tempflow.named_profile(args, kernel(kind, 10).sigma.tolist())
-    args = parse("--model tiny-sd15 --steps 10 --profile lowsnr --loss hinge --reweight pcpo --pcpo-w 30")
-    assert args.widths == tempflow.named_profile(args, kernel("eps", 10, big_w=30.0).sigma.tolist())
-    with pytest.raises(SystemExit):  # its sampler has no real sigma~ here
-        parse("--model tiny-sd15 --steps 10 --profile lowsnr --loss hinge --reweight pcpo")
-    assert "--pcpo-w 4.5" in capsys.readouterr().err
-    # a model of the hub: from the scheduler's configuration, where that is in the cache
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    flags = "--preset tiny --model sd3.5-medium --profile lowsnr"
-    lines = dry_run(flags, capsys)
-    assert "when it is loaded" in lines["children"] and "training rows per epoch" not in lines
-    repo = tmp_path / f"models--{harness.MODELS['sd3.5-medium'][0].replace('/', '--')}"
-    (repo / "snapshots" / "abc" / "scheduler").mkdir(parents=True)
-    (repo / "refs").mkdir()
-    (repo / "refs" / "main").write_text("abc")
-    FlowMatchEulerDiscreteScheduler(shift=3.0).save_pretrained(repo / "snapshots" / "abc" / "scheduler")
-    lines = dry_run(flags, capsys)
-    assert lines["children per image"] == "30 on 4 steps: 6 6 8 10 0 0 0 0 0 0"
-    assert lines["training rows per epoch"] == "120" and "120 latents" not in lines["memory for the rollout"]
-    assert " GB over all processes (" in lines["memory for the rollout"]
-
-
-def test_a_profile_that_is_known_late_is_checked_before_training(tmp_path, monkeypatch):
-    monkeypatch.setattr(tempflow, "find_scheduler", lambda args: None)
-    monkeypatch.setattr(harness, "epoch_batch", lambda *a: pytest.fail("a rollout began"))
-    args = parse("--profile equalvar --updates-per-epoch 7 --runs", tmp_path)
-    assert args.widths is None
-    with pytest.raises(common.UsageError, match="--updates-per-epoch 7 is more than the 6 states"):
-        tempflow.main(args)
+def test_children_of_a_step_without_noise_are_refused_before_training(tmp_path, monkeypatch):
+    monkeypatch.setattr(harness, "epoch_batch", lambda *a, **b: pytest.fail("a rollout began"))
+    flags = "--kernel ancestral --train-fraction 1 --profile 2,2,2,2 --runs"  # its last step has no noise
+    with pytest.raises(common.UsageError, match="--profile 2,2,2,2 has children at step 3, which has no noise"):
+        tempflow.main(parse(flags, tmp_path))
 
 
 def test_a_split_at_a_step_without_noise_is_refused(tmp_path):
@@ -495,8 +430,9 @@ PRESET_NUMBERS = {  # per image: rows, evaluations without the parents' repetiti
     "rsm-uniform": (54, 366 - 54 - 1, 64, "sd3.5-medium"),
     "rsm-equalvar": (54, 324 - 54 - 1, 64, "sd3.5-medium"),
     "rsm-geneval": (30, 257 - 30, 192, "sd3.5-medium"),
-    # 8 prompts x 5 seeds, B = 4 at 0, 10, ..., 40 of 50 steps; the trunk is needed to the last anchor, step 48
-    "rsm-sd15-hpsv2": (20, 49 + 4 * (49 + 39 + 29 + 19 + 9), 40, "sd15"),
+    # 8 prompts, one trunk each (5 equal ones officially), 4 * 5 children at 0, 10, ..., 40 of 50 steps; the trunk is
+    # needed to the last anchor, step 48
+    "rsm-sd15-hpsv2": (100, 49 + 20 * (49 + 39 + 29 + 19 + 9), 8, "sd15"),
     "tiny": (54, 333 - 54, None, "tiny-sd35"),
     "tiny-sd15": (54, 333 - 54, None, "tiny-sd15"),
 }
@@ -520,11 +456,16 @@ def test_presets_have_the_papers_sizes(preset, capsys):
 def test_sd15_presets_are_sd15(capsys, monkeypatch):
     monkeypatch.setattr(harness, "check_model", lambda args: None)  # the weights need not be here
     monkeypatch.setattr(rewards, "check_args", lambda args: None)
-    for preset, images in (("pcpo-sd15-hpsv2", "128 = 8 prompts x 16"), ("rsm-sd15-hpsv2", "40 = 8 prompts x 5")):
+    for preset, images in (("pcpo-sd15-hpsv2", "128 = 8 prompts x 16"), ("rsm-sd15-hpsv2", "8 = 8 prompts x 1")):
         lines = dry_run(f"--preset {preset}", capsys)  # their prompts are in the repository
         assert lines["model"].startswith("sd15 ") and "kernel ddim, noise level 1.0" in lines["model"]
-        assert lines["steps"].startswith("50, of which 50") and images in lines["samples per epoch"]
+        trained = "50, of which 49" if preset.startswith("pcpo") else "50, of which 50"
+        assert lines["steps"].startswith(trained) and images in lines["samples per epoch"]
+        assert "benchmark files" in lines["note"] and "per GPU" in lines["note"]
         args = tempflow.parse_args(["--preset", preset])
+        assert (args.dtype, args.shared_blocks, args.eval_kernel) == ("float16", 2, "same")
+        assert args.mask == ("none" if preset.startswith("pcpo") else "rows")
+        assert args.adv_eps == (1e-8 if preset.startswith("pcpo") else 1e-4) and not args.adv_unbiased
         assert (
             args.cfg == 5.0
             and args.ema_decay == 0.0
@@ -534,6 +475,19 @@ def test_sd15_presets_are_sd15(capsys, monkeypatch):
             and args.kl == "none"
         )
         assert args.lora_rank == 16 and args.epochs == 300
+
+
+def test_flow_presets_are_the_official_recipe(capsys):
+    """sd3_reward_presets.py, base.py of RSM's code; averagings a step: 24, 14 or 16 micro-batches in two updates."""
+    repeats = {"tempflow-sd35-geneval": 12, "rsm-geneval": 7, "rsm-uniform": 8, "rsm-equalvar": 8}
+    for preset, count in (repeats | {"tempflow-sd35-aesthetic": 8}).items():
+        flags = f"--preset {preset} --prompts prompts/ocr_test.txt --eval-prompts prompts/ocr_test.txt"
+        args = tempflow.PRESETS[preset]
+        assert (args["ema_repeats"], args["ema_decay"], args["dtype"]) == (count, 0.9, "float16")
+        assert "float16" in dry_run(flags, capsys)["note"]
+        if "geneval" in preset:
+            assert (args["reward"], args["eval_rewards"]) == ("geneval-reward-flowgrpo", "geneval,pickscore")
+            assert "1081" in args["note"] and ("TempFlow's own run" in args["note"]) == preset.startswith("tempflow")
 
 
 def test_presets_name_their_missing_prompt_file(capsys):
@@ -553,17 +507,19 @@ WRONG = [
     ("--profile 2,2,2,2,2", "grid has 4 steps"),
     ("--profile 2,2,0,2", "3 are trained"),
     ("--profile 0,0,0", "no children"),
-    ("--profile 2,x", "not a list"),
+    ("--profile 2,x", "a list"),
     ("--profile 2,-3", "-3"),
     ("--profile 7:2", "step 7"),
-    ("--profile lowsnr2", "not a list"),
-    ("--profile highsnr", "unknown"),
+    ("--profile lowsnr2", "not base or a list"),
+    ("--profile base --train-fraction 0.5", "2 are trained"),
+    ("--shared-blocks 2 --group-size 2", "--shared-blocks makes the 2 trunks of a prompt identical"),
+    ("--shared-blocks 2 --group-size 1 --shared-noise", "in two ways"),
+    ("--profile 2 --anchor-beta 1 --anchor-first 1 --updates-per-epoch 3", "the 2 states"),
+    ("--adv-eps 0", "above 0"),
+    ("--anchor-first -1", "negative"),
     ("--profile 2:2:3", "2:2:3"),
     ("--profile 3,1,2", "one child"),
-    ("--profile base --profile-total 4", "--profile-total 4"),
-    ("--profile base --profile-inactive 3", "--profile-inactive 3"),
     ("--grouping prompt --group-size 1 --profile 1,1", "--group-size 1"),
-    ("--grouping prompt --group-size 1 --profile uniform --profile-total 3", "--group-size 1"),
     ("--branching tree --tree-splits 0,3", "beyond the 3"),
     ("--branching tree --tree-splits=-1,0", "beyond"),
     ("--branching tree --tree-splits 0;2", "--tree-splits"),
@@ -590,17 +546,11 @@ WRONG = [
     ("--tail both", "--tail"),
     ("--profile 2,2 --updates-per-epoch 40", "--updates-per-epoch 40"),
     ("--profile base --updates-per-epoch 7", "the 6 states"),
-    ("--profile equalvar --updates-per-epoch 7", "the 6 states"),
     ("--profile 2 --anchor-beta 1 --updates-per-epoch 7", "the 6 states"),
     ("--profile 2 --anchor-beta 1 --anchor-max-ratio 0.5 --updates-per-epoch 5", "the 4 states"),
     ("--branching tree --tree-splits 0 --updates-per-epoch 7", "the 6 states"),
-    ("--profile equalvar --profile-power nan", "--profile-power nan"),
-    ("--profile equalvar --profile-power 1e6", "between -10 and 10"),
-    ("--profile base --profile-power=-inf", "--profile-power -inf"),
-    ("--profile equalvar --profile-power 10", "fewer than 2 children"),
     ("--profile 0:4,0:2", "names a step twice"),
     ("--profile 3,2,0:4", "names a step twice"),
-    ("--profile equalvar --noise-level 1e-7", "no noise"),
 ]
 
 
@@ -738,6 +688,10 @@ def test_a_tree_without_splits_is_an_sde_trajectory(kind, monkeypatch):
     args = parse("--model", MODEL[kind], "--steps 5 --branching tree --tree-splits= --grouping prompt --group-size 3")
     monkeypatch.setattr(tempflow, "branch_noise", lambda a, e, i, *rest: batch.noise[:, i + 1, None])
     levels, ends = tempflow.tree_rollout(toy, toy.sde, toy.ode, batch, args.widths, args, 0, bar())
+    widths, args.tail = [*args.widths[:3], 0, 0], "sde"  # the last steps are not trained, but have their noise
+    sampled, last = tempflow.tree_rollout(toy, toy.sde, toy.ode, batch, widths, args, 0, bar())
+    close(last, common.rollout(toy, toy.sde, batch.cond, batch.noise, 1.0, 99, desc="").x[:, -1], 1e-6)
+    assert list(sampled) == [0, 1, 2]
     path = common.rollout(toy, toy.sde, batch.cond, batch.noise, 1.0, 99, desc="")
     assert list(levels) == list(range(args.train_steps)) and args.train_steps == (4 if kind == "flow" else 5)
     for i, level in levels.items():
@@ -886,11 +840,28 @@ TAPES = {  # name: flags
     " --profile 0:3,3:2 --anchor-beta 0.5 --anchor-form pcpo --anchor-max-ratio 0.2 --clip-range 1e-3",
     "sd15 native": "--model tiny-sd15 --loss hinge --reweight pcpo --pcpo-w 0 --grouping prompt --profile 0:2,2:3"
     " --clip-range 1e-3",
+    "sd15 anchors first": "--model tiny-sd15 --steps 5 --loss hinge --reweight pcpo --pcpo-w 30 --kl none"
+    " --grouping prompt --profile 0:3,3:2 --anchor-beta 0.5 --anchor-form pcpo --anchor-max-ratio 0.2"
+    " --clip-range 1e-3 --anchor-first 0.8 --train-fraction 0.8 --inner-epochs 2",
+    "rewards at the mean": "--loss hinge --reweight none --profile 3,3,3 --beta 0.5 --mask rows",  # see FIXED
+    "rewards all equal": "--loss hinge --reweight none --profile 3,3,3 --beta 0.5 --mask rows",
+    "branch": "--branching tree --tree-splits 0,2 --reweight none --mask none --adv-unbiased --adv-eps 1e-8",
     "tree": "--branching tree --tree-splits 0,2 --loss hinge --reweight none --entropy 0.05",
     "trajectories": "--model tiny-sd15 --branching tree --tree-splits= --grouping prompt --group-size 3"
     " --reweight none --reward jpeg --clip-range 2e-3",
     "sde tail": "--tail sde --entropy 0.1 --kl none --profile 2,2,2",
 }
+
+
+
+
+def around(rewards_):
+    """Rewards m - d, m, m + d of every three children, with random m and d: the second has A = 0 exactly."""
+    m, d = torch.randint(-64, 64, (2, len(rewards_) // 3, 1)) / 64
+    return torch.cat([m - d, m, m + d], 1).flatten()
+
+
+FIXED = {"rewards at the mean": around, "rewards all equal": lambda r: torch.full_like(r, 0.4)}
 
 
 @pytest.fixture(scope="module")
@@ -966,7 +937,7 @@ class Tape:
         def taped_score(reward, images, texts, *a, **b):
             total, parts = score(reward, images, texts, *a, **b)
             tape.texts.append(texts)
-            total = total if fixed_reward is None else torch.full_like(total, fixed_reward)
+            total = total if fixed_reward is None else fixed_reward(total)
             tape.rewards.append(total)
             return total, parts
 
@@ -988,11 +959,17 @@ class Tape:
 
 @pytest.fixture(scope="module")
 def tape(folder):
-    return functools.cache(lambda name: Tape(f"{BASE} {TAPES[name]}", folder, name.replace(" ", "-")))
+    def run(name):
+        return Tape(f"{BASE} {TAPES[name]}", folder, name.replace(" ", "-"), fixed_reward=FIXED.get(name))
+
+    return functools.cache(run)
 
 
 def advantages(args, values):
-    """values (states, children) of one step -> A, and whether all values of the child's group are equal."""
+    """values (states, children) of one step -> A, and whether all values of the child's group are equal.
+
+    Written out from RSM's stat_tracking.py (biased, + 1e-4) and BranchGRPO (unbiased, + 1e-8).
+    """
     flat = values.double().flatten()
     per_sample = len(flat) // (args.num_prompts * args.group_size)
     group = per_sample * (args.group_size if args.grouping == "prompt" else 1)
@@ -1000,9 +977,20 @@ def advantages(args, values):
     for start in range(0, len(flat), group):
         r = flat[start : start + group]
         equal[start : start + group] = bool((r == r[0]).all())
-        adv[start : start + group] = (r - r.mean()) / (((r - r.mean()) ** 2).mean().sqrt() + 1e-4)
+        square = ((r - r.mean()) ** 2).sum() / (group - args.adv_unbiased)
+        adv[start : start + group] = (r - r.mean()) / (square.sqrt() + args.adv_eps)
     adv[equal] = 0
     return adv.clamp(-args.adv_clip, args.adv_clip).view(values.shape), equal.view(values.shape)
+
+
+def left_out(args, advs):
+    """Rows that do not count.  rows (RSM): A exactly 0, unless it is 0 in every row; groups: the embedded presets."""
+    zero = {i: adv == 0 for i, (adv, _) in advs.items()}
+    if args.mask == "groups":
+        return {i: equal for i, (_, equal) in advs.items()}
+    if args.mask == "none" or all(z.all() for z in zero.values()):
+        return {i: torch.zeros_like(z) for i, z in zero.items()}
+    return zero
 
 
 @pytest.mark.parametrize("name", TAPES)
@@ -1014,7 +1002,7 @@ def test_gradients_of_the_trainer_are_those_of_the_printed_loss(tape, name):
     native = kernel(args.kind, args.steps)
     trained = list(range(args.train_steps))
     weight = (
-        native.w[trained].mean().expand(args.steps)
+        native.w.mean().expand(args.steps)  # a constant of the sampler: of all its steps
         if args.kind == "eps"
         else native.w[trained].sum() / native.dt[trained].sum() * native.dt
     )
@@ -1022,11 +1010,12 @@ def test_gradients_of_the_trainer_are_those_of_the_printed_loss(tape, name):
     width = {i: levels[i].z.shape[1] for i in levels}
     mean_width = sum(width.values()) / len(with_children)
     advs = {i: advantages(args, levels[i].value) for i in with_children}
+    out = left_out(args, advs)
     times = native.t * 1000
     method = "hinge" if args.loss == "rsm" else args.loss
     total = closed = skipped = 0
     assert len(run.updates) == args.updates_per_epoch * args.inner_epochs
-    for update in run.updates:
+    for number, update in enumerate(run.updates):
         states, loss_rows, valid, anchors = [], [], 0, 0
         for x, t, o, grad in update:
             for n in range(len(x)):
@@ -1040,7 +1029,7 @@ def test_gradients_of_the_trainer_are_those_of_the_printed_loss(tape, name):
             drift = None if level.o_ref is None else k.bk[i] / k.sigma[i] * (o - level.o_ref[p].double())
             reduce = torch.mean if args.logprob_reduce == "mean" else torch.sum
             if count:
-                adv, equal = (v[p] for v in advs[i])
+                adv, equal = advs[i][0][p], out[i][p]
                 many = [v.expand(count, -1, -1, -1) for v in (o, o_old)]
                 step, xi = torch.full((count,), i), args.clip_range
                 shared = (k, xi, args.logprob_reduce, weight, args.tempflow_scale)
@@ -1066,8 +1055,11 @@ def test_gradients_of_the_trainer_are_those_of_the_printed_loss(tape, name):
             loss_rows.append(rows)
         expected = []
         for (i, _, o, _), rows in zip(states, loss_rows):
-            rows = rows * (args.anchor_beta / max(1, anchors) if not width[i] else 1 / max(1, valid))
+            beta = args.anchor_beta * (args.anchor_first or 1.0)
+            rows = rows * (beta / max(1, anchors) if not width[i] else 1 / max(1, valid))
             expected.append(torch.autograd.grad(rows, o)[0][0] if rows.requires_grad else torch.zeros_like(o[0]))
+        if args.anchor_first:
+            assert anchors == (0 if number % args.updates_per_epoch else 6)
         ours, expected = torch.stack([s[3] for s in states]), torch.stack(expected)
         assert relative(ours, expected) < 2e-3
         worst = (ours - expected).flatten(1).norm(dim=1) / expected.flatten(1).norm(dim=1).clamp(
@@ -1177,11 +1169,42 @@ def test_every_active_step_weighs_the_same_whatever_its_width(folder, monkeypatc
 
 
 def test_rewards_that_are_all_equal_move_nothing_and_crash_nothing(folder):
-    run = Tape(f"{BASE} --beta 1", folder, "equal", fixed_reward=0.4)
+    flat = FIXED["rewards all equal"]
+    run = Tape(f"{BASE} --beta 1", folder, "equal", fixed_reward=flat)
     assert all((g == 0).all() for grads in run.grads for g in grads)  # not even the KL of these rows
     assert run.metrics["adv/zero_std_frac"] == 1 and run.metrics["grad/norm"] == 0
-    run = Tape(f"{BASE} --profile 2,2 --anchor-beta 1", folder, "equal-anchors", fixed_reward=0.4)
+    run = Tape(f"{BASE} --profile 2,2 --anchor-beta 1", folder, "equal-anchors", fixed_reward=flat)
     assert all(any((g != 0).any() for g in grads) for grads in run.grads)  # the anchors remain
+
+
+def test_rows_that_count(tape):
+    """The gradients are checked above: with RSM's mask the KL is all that moves where all rewards are equal."""
+    run = tape("rewards all equal")
+    assert run.metrics["adv/zero_std_frac"] == 1 and run.metrics["grad/norm"] > 0
+    run = tape("rewards at the mean")
+    values = torch.cat([level.value for level in run.levels.values()])
+    mixed = values[:, 0] != values[:, 1]
+    assert mixed.any()
+    assert run.metrics["adv/zero_std_frac"] == pytest.approx(1 - mixed.double().mean().item())  # by group, as ever
+    adv, equal = torch.tensor([0.0, -1e-9, 2.0, 0.0]), torch.tensor([False, False, False, True])
+    wanted = {"rows": [False, True, True, False], "groups": [True, True, True, False], "none": [True] * 4}
+    for mask, counts in wanted.items():
+        assert tempflow.rows_that_count(adv, equal, parse("--mask", mask)).tolist() == counts
+    assert tempflow.rows_that_count(0 * adv, equal, parse("--mask rows")).all()
+    masks = {name: tempflow.parse_args(["--preset", name]).mask for name in ("tiny", "tiny-sd15")}
+    assert set(masks.values()) == {"groups"} and tempflow.PRESETS["pcpo-sd15-hpsv2"]["mask"] == "none"
+    assert not any("mask" in v for k, v in tempflow.PRESETS.items() if k.startswith(("rsm", "tempflow")))
+
+
+def test_two_nodes_of_branchgrpo_have_advantages_of_root_a_half(folder, monkeypatch):
+    kept, real = [], tempflow.all_rows
+    monkeypatch.setattr(tempflow, "all_rows", lambda levels, adv, *a: kept.append(adv) or real(levels, adv, *a))
+    flags = "--branching tree --tree-splits 0 --adv-unbiased --adv-eps 1e-8 --reward jpeg --updates-per-epoch 1"
+    run = Tape(f"{BASE} {flags}", folder, "two-nodes")
+    assert all(level.value.std(1 if i == 0 else 0).min() > 0 for i, level in run.levels.items())
+    close(kept[0].abs(), torch.full_like(kept[0], 0.5**0.5), 1e-4)
+    level = run.levels[0].value
+    assert torch.equal(kept[0][: level.numel()].view_as(level) > 0, level > level.mean(1, keepdim=True))
 
 
 # ---- anchors --------------------------------------------------------------------------------------------------------
@@ -1235,6 +1258,36 @@ def test_without_kl_only_the_kept_anchors_meet_the_reference(tape):
     assert run.metrics["kl/ref"] > 0 and run.metrics["loss/kl"] == 0 and run.metrics["loss/anchor"] > 0
 
 
+def test_anchors_weigh_as_in_the_official_micro_batches():
+    """train_grpo_pr.py: 80 anchors cut by tensor_split over the micro-batches of 4 rows of both updates; each adds its
+    mean to its micro-batch's loss, and an update is the mean of its micro-batches."""
+    args = SimpleNamespace(**tempflow.PRESETS["rsm-sd15-hpsv2"])
+    rows = 8 * sum(int(item.split(":")[1]) for item in args.profile.split(","))
+    count = tempflow.anchor_count(args, list(range(44)), rows // 8)
+    assert (rows, count) == (800, 80)
+    value, pieces = torch.randn(count, dtype=F64), torch.arange(count).tensor_split(rows // 4)
+    halves = pieces[: rows // 8], pieces[rows // 8 :]
+    weight = [sum(value[p].mean() for p in half if len(p)) / len(half) for half in halves]
+    close(weight[0], args.anchor_first * value.mean(), 1e-12)
+    assert weight[1] == 0
+
+
+def test_all_anchors_are_in_the_first_update(tape):
+    run = tape("sd15 anchors first")  # two passes of two updates
+    anchors = [[s for x, t, *_ in update for s in t.tolist() if round(s) in (601, 401)] for update in run.updates]
+    assert [len(a) for a in anchors] == [6, 0, 6, 0] and run.metrics["loss/anchor"] > 0
+
+
+def test_one_start_for_each_block_of_an_epoch(folder):
+    flags = "--num-prompts 5 --group-size 1 --profile 2,2 --updates-per-epoch 1"
+    starts = Tape(f"{flags} --shared-blocks 2", folder, "blocks").levels[0].x_t
+    assert [[bool((a == b).all()) for b in starts] for a in starts] == [
+        [n < 3 and m < 3 or n >= 3 and m >= 3 for m in range(5)] for n in range(5)
+    ]
+    starts = Tape(flags, folder, "no-blocks").levels[0].x_t
+    assert len({x.numpy().tobytes() for x in starts}) == 5
+
+
 def test_an_update_of_dropped_anchors_only_is_no_update(folder):
     flags = "--profile 2 --anchor-beta 0.1 --anchor-max-ratio 0 --updates-per-epoch 2 --name none"
     batch = SimpleNamespace(indices=range(2))
@@ -1248,10 +1301,8 @@ def test_an_update_of_dropped_anchors_only_is_no_update(folder):
 
 # ---- what runs, and what must not change a run ----------------------------------------------------------------------
 VARIANTS = [
-    "--profile base --profile-total 8",
-    "--profile uniform --steps 6",
-    "--profile equalvar --profile-total 12",
-    "--profile lowsnr --steps 6 --tail sde",
+    "--profile base",
+    "--profile 3,3,0,2 --steps 6 --tail sde",
     "--kernel ancestral --group-size 2",
     "--kernel dance --branching tree --tree-splits 0 --train-fraction 0.5 --ema-decay 0.5",
     "--kernel ancestral --train-fraction 1 --branching tree --tree-splits 0,1",  # its last step has no noise
