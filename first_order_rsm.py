@@ -10,9 +10,10 @@ Idea:  the optimal policy's score is the reference's plus grad V / beta.  A diff
        to nothing; one gradient per image, at its end, and a weight that does not vanish on the
        noisy side do better.
 Algorithm, one epoch (the loop below repeats the numbers):
-  1 rollout   ODE (VGG-Flow) or SDE trajectories of theta_old; keep x_t, the draws z, o_old, o_ref
+  1 rollout   ODE (VGG-Flow) or SDE trajectories of theta_old; keep x_t, x_s, o_old
   2 reward    r(x_0)
-  3 guidance  g = grad r at x0_hat(x_t) (current), x0_hat(x_s) (lookahead; Eq. 13, 14), x_0 (terminal)
+  3 guidance  of the trained steps of each image (SQDF: of trajectories drawn from a buffer): o_ref and
+              g = grad r at x0_hat(x_t) (current), x0_hat(x_s) (lookahead; Eq. 13, 14), x_0 (terminal)
   4 update    for each transition, shuffled over images and steps:
      4a       push = scale eta_t g, the norm of g clipped at a running quantile
      4b       VGG-Flow     mean ||o - o_ref + push||^2                                     Eq. 84-88
@@ -63,13 +64,19 @@ RSM = dict(
     lora_rank=8, lora_alpha=8, dtype="bfloat16",
 )  # fmt: skip
 FLOW = RSM | dict(
-    model="sd3.5-medium", method="vgg-flow", num_prompts=32, steps=20, eval_steps=40,
+    model="sd3.5-medium", method="vgg-flow", num_prompts=32, steps=20, resolution=1024,
+    tiny_vae="madebyollin/taesd3", lora_targets="to_q,to_k,to_v,to_out.0",
     detach_uncond=True, train_fraction=1.0, updates_per_epoch=1, lr=5e-4, weight_decay=1e-2,
     epochs=200, micro_batch_size=4,
+    note="logged rewards are those of the full decoder, TAESD3 is for the gradient only (theirs: for both)",
 )  # fmt: skip
-DIFFUSION = RSM | dict(
+NO_CLIP = dict(guidance_clip=float("inf"), guidance_quantile=0.0)
+DIFFUSION = RSM | NO_CLIP | dict(
     model="sd15", method="residual-db", num_prompts=256, steps=50, step_every=5,
     updates_per_epoch=2, old_coef=100.0, scale=5e5, lr=1e-3, epochs=100,
+    eval_prompts="prompts/geneval_official.jsonl", eval_kernel="same", eval_every=25,
+    note="g is that of the rollout's weights in both updates (theirs: of the moment's, the same in "
+         "update 1), through a float32 decoder (bfloat16)",
 )  # fmt: skip
 LINEAR = dict(guidance="terminal", temporal="linear")  # the redesigns: flow
 SIGMA = dict(guidance="terminal", temporal="constant", residual_scale="sigma")  # diffusion
@@ -79,12 +86,19 @@ PRESETS = {
     "rsm-sd35-hpsv2": FLOW | LINEAR | dict(scale=1.5e7),
     # RSM's diffusion experiment: the pruned baseline and the redesign
     "residual-db-sd15-hpsv2": DIFFUSION,
-    "rsm-sd15-hpsv2": DIFFUSION | SIGMA | dict(lr=4e-3),
-    # SQDF as released, with the reference as look-ahead
-    "sqdf-sd15-aesthetic": dict(
+    "rsm-sd15-hpsv2": DIFFUSION | SIGMA | dict(
+        lr=4e-3, eval_every=0,
+        note="sigma_t is that of the step, 20 of 1000 training steps long (theirs, by a bug, of 19: 0.98 "
+             "to 1.2 times it); float32 decoder (bfloat16)",
+    ),
+    # SQDF as released: 64 images join the buffer of 1024, 64 of these are trained, one step of each
+    "sqdf-sd15-aesthetic": NO_CLIP | dict(
         model="sd15", method="sqdf", reward="aesthetic", prompts="prompts/simple_animals.txt",
         num_prompts=64, group_size=1, step_every=50, last_step=False, replay_size=1024,
-        guidance_clip=float("inf"), guidance_quantile=0.0, updates_per_epoch=1, lr=1e-3,
+        updates_per_epoch=1, lr=1e-3, epochs=2000, dtype="float16", save_every=100,
+        note="the look-ahead is the reference with guidance, as no LCM weights are named (theirs: "
+             "--lookahead-model, SD1.5 with LCM-LoRA), the KL is kept where r <= 0, and the aesthetic "
+             "model's input is normalised once (twice)",
     ),
     # the embedded models: coloured shapes on a CPU, rewarded by a small CLIP (ours)
     "tiny": TINY | LINEAR | dict(model="tiny-sd35", method="vgg-flow", scale=75.0),
@@ -112,16 +126,14 @@ def parse_args(argv=None):
     flag("--lookahead-model", "", "text", "sqdf: a frozen one-step denoiser (SQDF)", metavar="PATH")
     flag("--step-every", 1, "int >= 1", "trains one step of each N (RSM, diffusion: 5); 1 = all")
     flag("--last-step", True, "yes/no", "and the last trained step always (RSM; SQDF: no)")
-    flag("--guidance-clip", 1.0, "float > 0 or inf", "limit of g's norm, first update (RSM: 1)")
-    flag("--guidance-quantile", 0.8, "float in [0, 1)", "later limits: of the norms (RSM: 0.8); 0 = fixed")
+    flag("--guidance-clip", 1.0, "float > 0 or inf", "limit of g's norm, first update (VGG-Flow: 1; others: inf)")
+    flag("--guidance-quantile", 0.8, "float in [0, 1)", "later limits: of the norms (VGG-Flow: 0.8); 0 = fixed")
     flag("--value-net", False, "yes/no", "vgg-flow: learned part of the value gradient (RSM: useless)")
     flag("--value-terminal", 1e3, "float >= 0", "weight of its terminal loss (VGG-Flow: 1e3)")
     flag("--flow-net", False, "yes/no", "residual-db: learned part of the guidance (RSM: useless)")
     flag("--net-lr", 1e-3, "float > 0", "learning rate of either network (ours)")
     flag("--backward-coef", 0.0, "float >= 0", "residual-db: backward term (paper: 1; RSM: unstable)")
-    flag("--replay-size", 0, "int >= 0", "past transitions kept (SQDF: 1024 aesthetic, 4096 HPS)")
-    flag("--replay-ratio", 1, "int >= 1", "replayed transitions per new one (SQDF: 1)")
-    flag("--replay-priority", "uniform", ["uniform", "reward"], "by gamma^(steps left) r (SQDF)")
+    flag("--replay-size", 0, "int >= 0", "trains on a buffer's trajectories (SQDF: 1024 aesthetic, 4096 HPS)")
     flag("--tiny-vae", "", "text", "an AutoencoderTiny for the gradient (RSM, flow)", metavar="PATH")
     flag("--checkpoint-decoder", False, "yes/no", "recompute its activations: less memory")
     harness.add_args(parser)
@@ -229,7 +241,7 @@ def main(args):
     recorder = harness.Recorder(
         run, args, policy, optimiser, (reward, more), rewards.RewardError, columns, modules
     )
-    each = rows_per_image(args)
+    each = len(intervals(args))  # trained transitions of an image
     transitions = args.num_prompts * args.group_size * each
 
     for epoch in recorder.epochs():
@@ -237,7 +249,7 @@ def main(args):
         recorder.phase()
         batch = harness.epoch_batch(args, policy, epoch)
         path = common.rollout(
-            policy, grid, batch.cond, batch.noise, args.cfg, args.micro_batch_size, reference=steps
+            policy, grid, batch.cond, batch.noise, args.cfg, args.micro_batch_size
         )
 
         # ---- 2 reward --------------------------------------------------------
@@ -249,24 +261,19 @@ def main(args):
         # ---- 3 guidance ------------------------------------------------------
         # with theta_old, before the update: the reward's graph never meets theta's
         chosen = step_choice(args, epoch, batch.indices)  # (B, S) trained steps
-        count, again = len(chosen), each - chosen.shape[1]  # images, replayed transitions of each
+        drawn = [(path, chosen, batch)]
+        if args.replay_size:
+            replay.add(path, batch)
+            drawn = replay.draw(policy, grid, batch, chosen, epoch, args)
         with recorder.scoring(epoch):
-            sets = [rows_of(gradient, path, chosen, batch)]
-            if args.replay_size:  # filled first: the first epoch has as many rows as all others
-                replay.add(grid, path, chosen, batch, final, args)
-                drawn = replay.draw(policy, grid, batch, again, epoch, args)
-                sets += [rows_of(gradient, *old) for old in drawn]
-        every = joined(sets)
-        # (B, each) numbers in `every`, where all new rows come before the replayed ones
-        new, replayed = torch.arange(count * each).split([chosen.numel(), count * again])
-        place = torch.cat([new.view(chosen.shape), replayed.view(count, again)], 1)
+            every = joined([rows_of(gradient, *part) for part in drawn])  # (B S,) image by image
 
         # ---- 4 update --------------------------------------------------------
         recorder.phase()
         stats, norms = recorder.stats(epoch), []
         limit = args.guidance_clip
         for update, part in enumerate(harness.epoch_updates(args, batch, list(range(each)), epoch)):
-            mine = place[tuple(part.unbind(1))]  # (R,) rows of `every`
+            mine = part @ torch.tensor([each, 1])  # (R,) rows of `every`
             for chunk in common.micro_batches(mine, args.micro_batch_size, f"update {update + 1}"):
                 rows = every[chunk]
                 i, x_t = rows.i, rows.x_t.requires_grad_(second_order)
@@ -311,7 +318,7 @@ def main(args):
                     stats.add({"kl/ref": common.kl_divergence(drift, args.logprob_reduce)})
             norms.append(optimiser.step())  # 4c: all-reduce, clip, AdamW on theta and on phi
             if args.guidance_quantile:  # 4a of the next update
-                limit = norm_quantile(every.g[mine], place.numel(), args.guidance_quantile)
+                limit = norm_quantile(every.g[mine], len(every.i), args.guidance_quantile)
 
         # ---- 5 log, samples, checkpoint, eval --------------------------------
         norm = torch.tensor(norms).mean(0).tolist()
@@ -337,11 +344,6 @@ def intervals(args) -> list[tuple[int, int]]:
     n, every = args.train_steps, args.step_every
     pieces = [(i, min(i + every, n)) for i in range(0, n, every)]
     return pieces + ([(n - 1, n)] if every > 1 and args.last_step else [])
-
-
-def rows_per_image(args) -> int:
-    """Trained transitions per epoch: new ones, and for each --replay-ratio old ones."""
-    return len(intervals(args)) * (1 + args.replay_ratio * bool(args.replay_size))
 
 
 def step_choice(args, epoch: int, indices) -> torch.Tensor:
@@ -468,8 +470,22 @@ def rows_of(gradient, path, chosen, batch) -> Rows:
         x_s = path.x[n, i + 1]
     if learned:
         x_0 = path.x[n, -1]
-    states = path.x[n, i], path.o_old[n, i], path.o_ref[n, i]
+    o_ref = reference_outputs(gradient, path, chosen).flatten(0, 1)
+    states = path.x[n, i], path.o_old[n, i], o_ref
     return Rows(i, path.cond[n], *states, g.flatten(0, 1), g_t, g_s, x_s, x_0)
+
+
+@torch.no_grad()
+def reference_outputs(gradient, path, chosen) -> torch.Tensor:
+    """o_ref (B, S, C, h, w) at the chosen steps alone, in the rollout's batches where these are all."""
+    policy, grid, args = gradient.policy, gradient.grid, gradient.args
+    found = path.x.new_empty(*chosen.shape, *path.x.shape[2:])
+    for n in torch.arange(len(chosen)).split(args.micro_batch_size):
+        for k, i in enumerate(chosen[n].unbind(1)):
+            x_t = path.x[n, i]
+            with policy.reference():
+                found[n, k] = policy.predict(x_t, grid.time(i, x_t), path.cond[n], args.cfg)
+    return found
 
 
 def joined(sets: list[Rows]) -> Rows:
@@ -479,40 +495,36 @@ def joined(sets: list[Rows]) -> Rows:
 
 @dataclass
 class Replay:
-    """SQDF's buffer of transitions of all processes; value is gamma^(steps left) r."""
+    """SQDF's buffer: the newest `size` trajectories of all processes."""
 
     size: int
-    items: dict = field(default_factory=dict)  # name: tensor on the CPU, the oldest first
+    items: dict = field(default_factory=dict)  # on the CPU, the oldest first: x (N, T+1, ...), prompt (N,)
 
-    def add(self, grid, path, chosen, batch, final, args) -> None:
-        n, i = flat(chosen)
-        prompt = torch.tensor([p.id for p in batch.prompts])[n]
-        value = args.gamma ** (grid.steps - 1 - i).to(final) * final[n]
-        new = {"x_t": path.x[n, i], "x_0": path.x[n, -1]}
-        new |= {"step": i, "prompt": prompt, "value": value}
-        for name, values in new.items():
-            values = common.gather(values.to(final.device)).cpu()
+    def add(self, path, batch) -> None:
+        prompt = torch.tensor([p.id for p in batch.prompts], device=path.x.device)
+        # ours: half precision, 1.6 GB for 1024 of 50 steps; x_s is drawn anew from what was kept
+        for name, values in {"x": path.x.half(), "prompt": prompt}.items():
+            values = common.gather(values).cpu()
             values = torch.cat([self.items.get(name, values[:0]), values])
             self.items[name] = values[-self.size :].clone()  # a view would be saved whole
 
-    def draw(self, policy, grid, batch, count: int, epoch: int, args):
-        """`count` old transitions per sample, by (seed, epoch, sample index), with today's x_s.
+    def draw(self, policy, grid, batch, chosen, epoch: int, args):
+        """A trajectory in place of each sample, none twice and new ones included, at its chosen steps.
 
-        Yields what rows_of() takes, a micro-batch at a time: path, steps (M, 1), Batch.
+        By (seed, epoch, sample index); x_s is drawn anew.  Yields what rows_of() takes, a micro-batch
+        at a time, each transition by itself: path, steps (M, 1), Batch.
         """
-        old, size = self.items, args.micro_batch_size
-        weight = torch.ones_like(old["value"])
-        if args.replay_priority == "reward":
-            weight = old["value"] - old["value"].min() + 1e-6
-        keys = [common.generator("replay", args.seed, epoch, n) for n in batch.indices]
-        picks = torch.cat([weight.multinomial(count, replacement=True, generator=k) for k in keys])
-        draws = torch.cat([torch.randn((count, *policy.latent_shape), generator=k) for k in keys])
-        for pick, z in zip(picks.split(size), draws.to(batch.noise.device).split(size)):
-            found = {name: values[pick] for name, values in old.items()}
-            prompts = [args.prompt_list[p] for p in found["prompt"].tolist()]
+        old, mine, size = self.items, list(batch.indices), args.micro_batch_size
+        (sample, step), each = flat(chosen), (chosen.shape[1], *policy.latent_shape)
+        key = common.generator("replay", args.seed, epoch)
+        picks = torch.randperm(len(old["prompt"]), generator=key)[mine][sample]
+        keys = [common.generator("replay", args.seed, epoch, j) for j in mine]
+        draws = torch.cat([torch.randn(each, generator=k) for k in keys]).to(batch.noise.device)
+        for n, i, z in zip(*(part.split(size) for part in (picks, step, draws))):
+            prompts = [args.prompt_list[p] for p in old["prompt"][n].tolist()]
             cond = policy.encode([p.text for p in prompts])
-            path = replayed_path(policy, grid, found, z, cond, args.cfg)
-            yield path, found["step"][:, None], common.Batch(prompts, range(len(z)), cond, z[:, None])
+            path = replayed_path(policy, grid, old["x"][n, i], old["x"][n, -1], i, z, cond, args.cfg)
+            yield path, i[:, None], common.Batch(prompts, range(len(z)), cond, z[:, None])
 
     def state_dict(self) -> dict:
         return self.items
@@ -522,18 +534,16 @@ class Replay:
 
 
 @torch.no_grad()
-def replayed_path(policy, grid, old, z, cond, cfg) -> common.Rollout:
+def replayed_path(policy, grid, x_t, x_0, i, z, cond, cfg) -> common.Rollout:
     """Old transitions as trajectories, known at x_t, x_s and x_0 only, NaN elsewhere."""
-    n, i, x_t = torch.arange(len(z)), old["step"], old["x_t"].to(z)
+    n, x_t = torch.arange(len(z)), x_t.to(z)
     x = torch.full((len(z), grid.steps + 1, *z.shape[1:]), torch.nan, device=z.device)
-    o_old, o_ref = x[:, 1:].clone(), x[:, 1:].clone()
+    o_old = x[:, 1:].clone()
     o_old[n, i] = policy.predict(x_t, grid.time(i, x_t), cond, cfg)
-    with policy.reference():
-        o_ref[n, i] = policy.predict(x_t, grid.time(i, x_t), cond, cfg)
-    x[n, i], x[:, -1] = x_t, old["x_0"].to(z)
+    x[n, i], x[:, -1] = x_t, x_0.to(z)
     x_s = grid.mu(x_t, o_old[n, i], i) + grid.at(grid.sigma, i, z) * z
     x[n, i + 1] = x_s  # after x_0, which is new, too, where the step is the last
-    return common.Rollout(x, z, o_old, o_ref, cond)
+    return common.Rollout(x, z, o_old, None, cond)
 
 
 def value_loss(policy, net, grid, rows, eta, t, limit, args) -> torch.Tensor:
@@ -602,9 +612,9 @@ def check(args):
     ode = "--temporal sigma is 0 on vgg-flow's deterministic rollout"
     need(args.temporal != "sigma" or method != "vgg-flow", f"{ode}; use linear, quad or constant")
     need(ahead or not model, "--lookahead-model needs --guidance lookahead; leave it out")
-    check_folder("--tiny-vae", args.tiny_vae, "config.json", "an AutoencoderTiny")
+    check_folder(args, "--tiny-vae", args.tiny_vae, "config.json", "an AutoencoderTiny")
     file, what = f"{args.backbone.part}/config.json", "a pipeline of the type of --model"
-    check_folder("--lookahead-model", model, file, what)
+    check_folder(args, "--lookahead-model", model, file, what)
     every = args.train_steps == args.steps and args.step_every == 1
     fits = every and args.kind == "flow" and args.guidance == "current"
     what = "--value-net follows a flow's value gradient along all steps to the end"
@@ -618,46 +628,53 @@ def check(args):
     what = "--replay-size with --no-jacobian has no output of the rollout at the new x_s"
     use = "use --jacobian, --denoiser reference or another --guidance"
     need(not kept or not args.replay_size, f"{what}; {use}")
-    harness.check_updates(args, args.num_prompts * args.group_size * rows_per_image(args))
+    samples, kept = args.num_prompts * args.group_size, args.replay_size
+    few = f"--replay-size {kept} is less than the {samples} samples of an epoch"
+    need(not kept or kept >= samples, f"{few}, which are drawn from it without repetition; use more")
+    harness.check_updates(args, samples * len(intervals(args)))
 
 
-def check_folder(flag: str, path: str, file: str, what: str) -> None:
-    """Unless empty, the path is a folder with this file, or a hub id that has it."""
+def check_folder(args, flag: str, path: str, file: str, what: str) -> None:
+    """Unless empty, the path is a folder with this file, or a hub id that has it (--dry-run does not ask)."""
     if path and Path(path).is_dir():
         absent = f"{flag} {path} has no {file}"
         need((Path(path) / file).is_file(), f"{absent}; give the folder of {what}")
     elif path:
         absent = f"{flag} {path} is neither a folder nor a hub id such as owner/name"
         need(path.count("/") == 1, absent)
-        harness.require_hub(path, f"{flag} {path}", file)
+        if not args.dry_run:
+            harness.require_hub(path, f"{flag} {path}", file)
 
 
 def sizes(args) -> dict[str, str]:
     """The lines of --dry-run."""
     samples, passes = args.num_prompts * args.group_size, 2 if args.cfg != 1 else 1
-    rows, learned = rows_per_image(args), args.value_net or args.flow_net
-    replayed, backward = rows - len(intervals(args)), bool(args.backward_coef)
+    rows, learned = len(intervals(args)), args.value_net or args.flow_net
+    replayed, backward = rows * bool(args.replay_size), bool(args.backward_coef)
     gradients, asked = rows * (1 + backward), 0  # in x_s, and in x_t
     if args.guidance == "terminal":
-        gradients = 1 + replayed
+        gradients = replayed or 1
     elif args.jacobian or args.lookahead_model or args.denoiser == "reference":
         asked = gradients * (1 if args.lookahead_model else passes)
     calls = {
         "in the rollout": (args.steps + replayed) * passes,
-        "of the reference": (args.train_steps + replayed) * passes,
+        "of the reference": rows * passes,
         "in the reward gradient": asked,
         "with gradient": rows * args.inner_epochs * passes * (1 + (args.value_net or backward)),
     }
     kept = 4 + backward + args.value_net + (backward or learned) + learned  # see Rows
-    latents = samples * (4 * args.steps + 1 + rows * kept)
-    what = "states, noise, two outputs; the transitions with their guidance"
+    latents = samples * (3 * args.steps + 1 + rows * kept)
+    what = "states, noise, outputs; the transitions with their guidance"
     per_update = samples * rows // args.updates_per_epoch
+    kept, size = args.replay_size * (args.steps + 1), harness.latent_size(args)
+    buffer = f"{2 * kept * size / 2**30:.2f} GB, in each process and checkpoint" if kept and size else ""
     return {
         "guidance": f"{args.guidance}, temporal weight {args.temporal}, scale {args.scale:g}",
         "network evaluations per epoch": ", ".join(f"{samples * n} {k}" for k, n in calls.items()),
         "reward gradients per epoch": f"{samples * gradients} images, through decoder and reward",
         "transitions per epoch": f"{samples * rows}, {per_update} per update",
         "memory for the rollout": harness.rollout_memory(args, latents, what),
+        **({"memory for the buffer": buffer} if buffer else {}),
     }
 
 

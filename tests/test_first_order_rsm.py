@@ -771,14 +771,14 @@ def test_backward_term_is_the_balance_differentiated_in_x_t(tmp_path, monkeypatc
     limits = ["--guidance-clip", 0.02, "--guidance-quantile", 0, "--backward-coef", 0.7, "--net-lr", 0.01]
     train(tmp_path, "run", *base, *limits, "--method", "residual-db", "--scale", 40, *flags.split())
     args, rows, seen = spy.args, steps_of(kind, spy.policy.pipe.scheduler, 3), spy.updates[1]
+    assert len(spy.replayed) == 2 * bool(args.replay_size)
     net = common.FieldNet(spy.policy.latent_shape[0])
     if seen.phi:
         net.load_state_dict({k.removeprefix("net."): v for k, v in seen.phi.items()})
-    sets = 2 if args.replay_size else 1
-    paths = [spy.paths[1], *(found[0] for found in spy.replayed[1:])]
-    second = slice(2 * sets, None)  # calls of the second epoch: for each set first at x_s, then at x_t
-    g_s, g_t, chosen = spy.g[second][::2], spy.g[second][1::2], spy.chosen[second][::2]
-    assert len(g_t) == sets and all((a - b).abs().max() > 0 for a, b in zip(g_s, g_t))
+    # of a buffer only what was drawn from it is trained; calls of the second epoch: first at x_s, then at x_t
+    paths = [found[0] for found in spy.replayed[1:]] or spy.paths[1:]
+    g_s, g_t, chosen = spy.g[2::2], spy.g[3::2], spy.chosen[2::2]
+    assert len(g_t) == 1 and (g_s[0] - g_t[0]).abs().max() > 0
 
     def field(x, t):
         return net(x, torch.tensor([t])) if args.flow_net else 0.0 * x
@@ -806,7 +806,7 @@ def test_backward_term_is_the_balance_differentiated_in_x_t(tmp_path, monkeypatc
                 loss = (forward**2).mean() + 0.7 * (backward**2).mean()
                 loss = loss * (row.sigma**2 if args.residual_scale == "sigma" else 1)
                 total, count = total + loss + (field(path.x[n : n + 1, 3], 0.0) ** 2).mean(), count + 1
-    assert count == 2 * 2 * sets
+    assert count == 2 * 2
     cosine_and_size(seen.grad, torch.autograd.grad(total / count, spy.params, retain_graph=True), 5e-3)
     if args.flow_net:
         cosine_and_size(seen.grad_phi, torch.autograd.grad(total / count, list(net.parameters())), 5e-3)
@@ -852,63 +852,117 @@ def test_weight_of_the_start():
 
 
 # ---- SQDF's replay buffer -------------------------------------------------------------------------------------------
-def test_buffer_keeps_the_newest_transitions_and_draws_them_again(world):
-    args = world.vary(gamma=0.5, replay_priority="uniform")
-    args.prompt_list = harness.load_prompts("prompts/shapes_train.txt")
-    buffer, final = fo.Replay(9), torch.tensor([0.3, -0.2, 0.8])
+def test_buffer_keeps_the_newest_trajectories_and_draws_them_again(world):
+    prompts = harness.load_prompts("prompts/shapes_train.txt")
+    args, buffer = world.vary(prompt_list=prompts), fo.Replay(5)
+    batch = common.Batch([prompts[j] for j in (7, 2, 5)], range(4, 7), world.batch.cond, world.batch.noise)
+    other = common.Rollout(-world.path.x, None, None, None, None)
+    buffer.add(world.path, batch)
+    buffer.add(other, batch)
+    kept = torch.cat([world.path.x[1:], other.x]).half()
+    assert torch.equal(buffer.items["x"], kept) and buffer.items["prompt"].tolist() == [2, 5, 7, 2, 5]
     chosen = torch.tensor([[0, 3], [1, 2], [2, 2]])
-    prompts = [args.prompt_list[j] for j in (7, 2, 5)]
-    batch = common.Batch(prompts, range(4, 7), world.batch.cond, world.batch.noise)
-    buffer.add(world.grid, world.path, chosen, batch, final, args)
-    assert buffer.items["step"].tolist() == [0, 3, 1, 2, 2, 2]
-    assert buffer.items["prompt"].tolist() == [7, 7, 2, 2, 5, 5]
-    assert buffer.items["value"].tolist() == pytest.approx([0.3 / 8, 0.3, -0.2 / 4, -0.2 / 2, 0.8 / 2, 0.8 / 2])
-    assert torch.equal(buffer.items["x_t"][2], world.path.x[1, 1])
-    assert torch.equal(buffer.items["x_0"][4], world.path.x[2, 4])
-    buffer.add(world.grid, world.path, chosen, batch, final, args)
-    assert buffer.items["step"].tolist() == [2, 2, 2, 0, 3, 1, 2, 2, 2]  # of twelve the nine newest
-    ((path, at, others),) = buffer.draw(world.policy, world.grid, batch, 5, 3, args)
-    assert path.x.shape == (15, 5, *world.policy.latent_shape) and at.shape == (15, 1) and len(others.prompts) == 15
-    fresh = set()
-    for m in range(15):
+    ordered = common.Batch(batch.prompts, range(3), batch.cond, batch.noise)
+    ((path, at, others),) = buffer.draw(world.policy, world.grid, ordered, chosen, 3, args)
+    assert path.x.shape == (6, 5, *world.policy.latent_shape) and at.flatten().tolist() == [0, 3, 1, 2, 2, 2]
+    fresh, sources = [], []
+    for m in range(6):
         i = at[m].item()
-        j = next(j for j in range(9) if torch.equal(path.x[m, i], buffer.items["x_t"][j]))
-        assert i == buffer.items["step"][j] and others.prompts[m].id == buffer.items["prompt"][j]
+        (j,) = [j for j in range(5) if torch.equal(path.x[m, i], kept[j, i].float())]
+        sources.append(j)
+        assert others.prompts[m] == prompts[buffer.items["prompt"][j]]
         if i < 3:
-            assert torch.equal(path.x[m, 4], buffer.items["x_0"][j])
+            assert torch.equal(path.x[m, 4], kept[j, 4].float())
         time, row = world.grid.time(i, path.x[m : m + 1, i]), world.exact[i]
-        o = world.policy.predict(path.x[m : m + 1, i], time, world.policy.encode([others.texts[m]]), args.cfg)
+        o = world.policy.predict(path.x[m : m + 1, i], time, world.policy.encode([others.texts[m]]), 2.0)
         torch.testing.assert_close(path.o_old[m : m + 1, i], o, rtol=1e-4, atol=1e-4)
-        with world.policy.reference():
-            o_ref = world.policy.predict(path.x[m : m + 1, i], time, world.policy.encode([others.texts[m]]), args.cfg)
-        torch.testing.assert_close(path.o_ref[m : m + 1, i], o_ref, rtol=1e-4, atol=1e-4)
-        assert (o - o_ref).abs().max() > 1e-3
         z = (path.x[m, i + 1] - row.mu(path.x[m, i], o[0])) / row.sigma  # a draw of its own, standard normal
-        fresh.add(round(z.flatten()[0].item(), 4))
-        assert abs(z.std().item() - 1) < 0.25 and not torch.equal(path.x[m, i + 1], world.path.x[m % 3, i + 1])
-    assert len(fresh) == 15
+        fresh.append(z.flatten()[0].item())
+        assert abs(z.std().item() - 1) < 0.3 and (path.x[m, i + 1] - kept[j, i + 1]).abs().max() > 0.01
+    assert sources[::2] == sources[1::2] and len(set(sources)) == 3 and len(set(fresh)) == 6
 
-    def states(which, epoch, **changes):
-        parts = buffer.draw(world.policy, world.grid, which, 5, epoch, argparse.Namespace(**(vars(args) | changes)))
+    def states(which, epoch, chosen=chosen, **changes):
+        parts = buffer.draw(world.policy, world.grid, which, chosen, epoch, world.vary(prompt_list=prompts, **changes))
         return torch.cat([part[0].x for part in parts])
 
-    torch.testing.assert_close(states(batch, 3), path.x, rtol=0, atol=0, equal_nan=True)
-    assert not torch.equal(states(batch, 4).nan_to_num(), path.x.nan_to_num())
-    torch.testing.assert_close(states(batch, 3, micro_batch_size=4), path.x, rtol=1e-4, atol=1e-4, equal_nan=True)
-    share = common.Batch(prompts[1:], range(5, 7), world.batch.cond, world.batch.noise[1:])  # another process's share
-    torch.testing.assert_close(states(share, 3), path.x[5:], rtol=1e-4, atol=1e-4, equal_nan=True)
+    torch.testing.assert_close(states(ordered, 3), path.x, rtol=0, atol=0, equal_nan=True)
+    assert not torch.equal(states(ordered, 4).nan_to_num(), path.x.nan_to_num())
+    torch.testing.assert_close(states(ordered, 3, micro_batch_size=4), path.x, rtol=1e-4, atol=1e-4, equal_nan=True)
+    share = common.Batch(batch.prompts[1:], range(1, 3), batch.cond, batch.noise)  # another process's share
+    torch.testing.assert_close(states(share, 3, chosen[1:]), path.x[2:], rtol=1e-4, atol=1e-4, equal_nan=True)
 
 
-def test_priority_is_the_discounted_reward_above_the_smallest(world):
-    args = world.vary(gamma=0.5, replay_priority="reward", prompt_list=world.batch.prompts)
-    prompts = [common.Prompt(j, p.text) for j, p in enumerate(world.batch.prompts)]
-    args.prompt_list, buffer = prompts, fo.Replay(100)
-    chosen, batch = torch.tensor([[3], [3], [3]]), common.Batch(prompts, range(3), world.batch.cond, world.batch.noise)
-    buffer.add(world.grid, world.path, chosen, batch, torch.tensor([-1.0, 0.0, 2.0]), args)
-    found = buffer.draw(world.policy, world.grid, batch, 200, 0, args)
-    drawn = [p.id for _, _, others in found for p in others.prompts]
-    counts = torch.bincount(torch.tensor(drawn), minlength=3)
-    assert counts[0] == 0 and abs(counts[1].item() - 150) < 4 * (600 * 0.25 * 0.75) ** 0.5  # weights 0 : 1 : 3
+def test_draws_are_uniform_over_new_and_old_trajectories_and_steps(monkeypatch):
+    """SQDF's random.sample of the whole buffer and randint of the step, by counts over 500 epochs."""
+    monkeypatch.setattr(fo, "replayed_path", lambda policy, grid, x_t, *a: x_t)
+    policy = SimpleNamespace(latent_shape=(1,), encode=lambda texts: texts)
+    flags = ["--method", "sqdf", "--model", "tiny-sd15", "--replay-size", 12, "--step-every", 5, "--no-last-step"]
+    args = arguments(*flags, "--num-prompts", 4, "--steps", 5, "--train-fraction", 1)
+    buffer, counts = fo.Replay(args.replay_size), torch.zeros(12, 5)
+    batch = common.Batch(args.prompt_list[:4], range(4), None, torch.zeros(4, 6, 1))
+    for first in (0, 4, 8):  # the state of trajectory j at step i is 8 j + i
+        x = 8 * torch.arange(first, first + 4)[:, None, None] + torch.arange(6)[:, None]
+        buffer.add(common.Rollout(x.float(), None, None, None, None), batch)
+    for epoch in range(500):
+        chosen = fo.step_choice(args, epoch, batch.indices)
+        ((x_t, at, others),) = buffer.draw(policy, None, batch, chosen, epoch, args)
+        found = x_t.flatten().long()
+        assert len(set((found // 8).tolist())) == 4 == len(found)  # no trajectory twice
+        assert torch.equal(found % 8, at.flatten()) and torch.equal(at, chosen)
+        assert [p.id for p in others.prompts] == [j % 4 for j in (found // 8).tolist()]
+        counts[found // 8, found % 8] += 1
+    expected = 500 * 4 / 60
+    assert ((counts - expected) ** 2 / expected).sum() < 59 + 5 * (2 * 59) ** 0.5
+
+
+def test_an_epoch_with_a_buffer_trains_its_draws_alone(tmp_path, monkeypatch, no_pictures):
+    spy = Spy(monkeypatch)
+    flags = ["--model", "tiny-sd15", "--method", "sqdf", "--replay-size", 8, "--step-every", 3, "--no-last-step"]
+    train(tmp_path, "run", *flags, "--train-fraction", 1, "--num-prompts", 4, "--epochs", 3)
+    assert [len(g) for g in spy.g] == [4, 4, 4]  # four images, one transition of each; the new ones are in the buffer
+    for epoch, (path, at, _) in enumerate(spy.replayed):
+        stored = torch.cat([p.x for p in spy.paths[max(0, epoch - 1) : epoch + 1]]).half().float()
+        sources = [[torch.equal(x, one) for one in stored[:, i]] for x, i in zip(path.x[range(4), at[:, 0]], at[:, 0])]
+        assert [sum(found) for found in sources] == [1] * 4 and math.isfinite(spy.metrics[epoch]["loss/total"])
+    assert torch.equal(state(tmp_path / "run")["replay"]["x"], torch.cat([p.x for p in spy.paths[1:]]).half())
+
+
+# ---- the reference, at the trained steps alone ----------------------------------------------------------------------
+def test_reference_outputs_are_the_frozen_models_and_bitwise_the_rollouts(world):
+    """Of a choice of steps in float64; of all steps exactly what a rollout with the reference stores."""
+    args = world.vary(micro_batch_size=2)  # does not divide the three samples
+    gradient = SimpleNamespace(args=args, policy=world.policy, grid=world.grid)
+    chosen = torch.stack([torch.randperm(4)[:2] for _ in range(3)])
+    calls = world.policy.network_calls
+    found = fo.reference_outputs(gradient, world.path, chosen)
+    assert found.shape == (3, 2, *world.policy.latent_shape) and not found.requires_grad
+    assert world.policy.network_calls - calls == 2 * 2  # 2 + 1 samples, two steps of each
+    for n in range(3):
+        for k, i in enumerate(chosen[n].tolist()):
+            same(found[n, k], world.output(world.path.x[n : n + 1, i].double(), i, n, "reference")[0].detach(), 1e-4)
+    noise, cond = world.batch.noise, world.batch.cond
+    path = common.rollout(world.policy, world.grid, cond, noise, 2.0, 2, range(4), desc="")
+    assert torch.equal(fo.reference_outputs(gradient, path, world.chosen), path.o_ref)
+
+
+@pytest.mark.parametrize("flags, each", [("--step-every 3 --steps 9 --train-fraction 1", 4), ("--steps 4", 3)])
+def test_the_reference_runs_at_the_chosen_steps_only(tmp_path, monkeypatch, no_pictures, flags, each):
+    seen, forward = [], UNet.forward
+    monkeypatch.setattr(UNet, "forward", lambda net, x, *a, **k: seen.append((net.frozen, len(x))) or forward(
+        net, x, *a, **k))  # fmt: skip
+    reference = common.Policy.reference
+
+    @contextmanager
+    def spied(policy):
+        policy.net.frozen = True
+        with reference(policy):
+            yield
+        policy.net.frozen = False
+
+    monkeypatch.setattr(UNet, "frozen", False, raising=False)
+    monkeypatch.setattr(common.Policy, "reference", spied)
+    train(tmp_path, "run", "--model", "tiny-sd15", "--method", "residual-db", "--train-fraction", 0.75, *flags.split())
+    assert sum(size for frozen, size in seen if frozen) == 2 * each  # two images, cfg 1
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -1071,7 +1125,7 @@ VARIANTS = [
     ("eps", "--method vgg-flow --temporal gamma-discount --jacobian --guidance current --old-coef 1"),
     ("eps", "--method sqdf --gradient-checkpointing --denoiser policy --detach-uncond --cfg 2 --dtype bfloat16"),
     ("eps", "--method residual-db --backward-coef 1 --flow-net --replay-size 8 --cfg 2 --gradient-checkpointing"),
-    ("flow", "--method sqdf --replay-size 1 --replay-ratio 3 --replay-priority reward --lookahead-model OTHER"),
+    ("flow", "--method sqdf --replay-size 2 --lookahead-model OTHER"),
 ]  # fmt: skip
 
 
@@ -1092,7 +1146,7 @@ def test_every_flag_value_runs(tmp_path, no_pictures, kind, flags):
 STATEFUL = [
     ("flow", "--value-net --train-fraction 1 --updates-per-epoch 2 --ema-decay 0.9 --ema-every 1"),
     ("eps", "--method residual-db --flow-net --step-every 2 --updates-per-epoch 2 --old-coef 10"),
-    ("eps", "--method sqdf --replay-size 7 --replay-priority reward --step-every 2 --updates-per-epoch 2"),
+    ("eps", "--method sqdf --replay-size 7 --step-every 2 --updates-per-epoch 2"),
     ("flow", "--method residual-db --flow-net --backward-coef 0.5 --replay-size 20 --updates-per-epoch 2"),
 ]  # fmt: skip
 
@@ -1132,7 +1186,7 @@ def test_micro_batch_size_changes_nothing_else(tmp_path, no_pictures, kind, flag
 def test_two_processes_are_one(tmp_path, no_pictures):
     """A quantile, a shuffle over all transitions and a network of its own: none may depend on the process."""
     flags = "--preset tiny-sd15 --epochs 2 --updates-per-epoch 3 --num-prompts 4 --flow-net --step-every 2".split()
-    flags += "--replay-size 17 --backward-coef 0.3 --replay-priority reward".split()
+    flags += "--replay-size 17 --backward-coef 0.3".split()
     flags = [*SMALL, *PRUNED, *CLIP, *flags, "--guidance-quantile", "0.8", "--guidance-clip", "0.05"]
     flags += ["--eval-rewards", "", "--train-fraction", "1", "--runs", str(tmp_path), "--device", "cpu"]
     fo.main(fo.parse_args([*flags, "--name", "one"]))
@@ -1160,7 +1214,7 @@ COSTS = [
     ("flow", "--value-net --train-fraction 1"), ("eps", "--method residual-db --step-every 2 --inner-epochs 2"),
     ("eps", "--method residual-db --backward-coef 1"),
     ("flow", "--method residual-db --backward-coef 1 --replay-size 5"),
-    ("flow", "--method sqdf --guidance terminal --replay-size 9 --replay-ratio 2"),
+    ("flow", "--method sqdf --guidance terminal --replay-size 9"),
     ("eps", "--method sqdf --replay-size 3 --step-every 2"),
     ("eps", "--method sqdf"), ("eps", "--method sqdf --no-jacobian"), ("eps", "--method sqdf --lookahead-model OTHER"),
 ]  # fmt: skip
@@ -1211,7 +1265,7 @@ WRONG = [
     ("--method residual-db --backward-coef 1 --no-jacobian", "--backward-coef"),
     ("--method residual-db --backward-coef 1 --detach-uncond", "--backward-coef"),
     ("--replay-size 8", "--replay-size"), ("--method sqdf --replay-size -8", "--replay-size"),
-    ("--method sqdf --replay-size 8 --replay-ratio 0", "--replay-ratio"),
+    ("--method sqdf --replay-size 1", "--replay-size 1 is less than the 2 samples"),
     ("--method sqdf --replay-size 8 --no-jacobian --denoiser policy", "--replay-size"),
     ("--method sqdf --replay-size 8 --updates-per-epoch 5", "--updates-per-epoch"),
     ("--method residual-db --lookahead-model tiny/sd35", "--lookahead-model"),
@@ -1246,9 +1300,11 @@ def test_a_step_without_noise_is_refused_with_the_fraction_that_helps(tmp_path, 
 
 def test_presets(monkeypatch):
     flow = dict(num_prompts=32, steps=20, cfg=5.0, lr=5e-4, weight_decay=1e-2, updates_per_epoch=1, step_every=1,
-                old_coef=0.0, lora_rank=8, epochs=200)  # fmt: skip
+                old_coef=0.0, lora_rank=8, epochs=200, resolution=1024, eval_steps=20, guidance_clip=1.0,
+                lora_targets="to_q,to_k,to_v,to_out.0", tiny_vae="madebyollin/taesd3")  # fmt: skip
     diffusion = dict(num_prompts=256, steps=50, cfg=5.0, noise_level=1.0, kernel="ddim", old_coef=100.0, scale=5e5,
-                     step_every=5, updates_per_epoch=2, lora_rank=8, lora_alpha=8, epochs=100)  # fmt: skip
+                     step_every=5, updates_per_epoch=2, lora_rank=8, lora_alpha=8, epochs=100, dtype="bfloat16",
+                     guidance_clip=math.inf, guidance_quantile=0.0, eval_kernel="same")  # fmt: skip
     released = {  # method_notes E.7 (4), (5), H.4
         "vgg-flow-sd35-hpsv2": flow | dict(scale=3e7, temporal="quad", guidance="current", jacobian=False),
         "rsm-sd35-hpsv2": flow | dict(scale=1.5e7, temporal="linear", guidance="terminal"),
@@ -1259,10 +1315,14 @@ def test_presets(monkeypatch):
             temporal="constant", guidance="terminal", residual_scale="sigma", lr=4e-3),
         "sqdf-sd15-aesthetic": dict(
             scale=1.0, temporal="gamma-discount", gamma=0.9, alpha=2.0, denoiser="reference", guidance="lookahead",
-            lr=1e-3, lora_rank=4, replay_size=1024, replay_ratio=1),
+            lr=1e-3, lora_rank=4, replay_size=1024, dtype="float16", epochs=2000, guidance_clip=math.inf,
+            guidance_quantile=0.0),
     }  # fmt: skip
     rows = {"rsm-sd15-hpsv2": ("2816, 1408", "256 "), "residual-db-sd15-hpsv2": ("2816, 1408", "2816 "),
-            "rsm-sd35-hpsv2": ("640, 640", "32 "), "vgg-flow-sd35-hpsv2": ("640, 640", "640 ")}  # fmt: skip
+            "rsm-sd35-hpsv2": ("640, 640", "32 "), "vgg-flow-sd35-hpsv2": ("640, 640", "640 "),
+            "sqdf-sd15-aesthetic": ("64, 64", "64 ")}  # fmt: skip
+    reference = {"rsm-sd15-hpsv2": 5632, "residual-db-sd15-hpsv2": 5632, "sqdf-sd15-aesthetic": 128}
+    monkeypatch.setattr(harness, "require_hub", lambda *a: pytest.fail("a dry run asks no hub"))
     for name in fo.PRESETS:
         seen = {}
         monkeypatch.setattr(
@@ -1274,6 +1334,12 @@ def test_presets(monkeypatch):
         values = released.pop(name, {})
         assert {k: seen[k] for k in values} == values, name
         assert seen["train_steps"] == seen["steps"] or "tiny" in name
+        assert bool(seen["note"]) == ("tiny" not in name)
+        calls = seen["lines"]["network evaluations per epoch"]
+        assert name not in reference or f" {reference[name]} of the reference" in calls, calls
+        buffer = seen["lines"].get("memory for the buffer", "")
+        gigabytes = 1024 * 51 * 4 * 64 * 64 * 2 / 2**30
+        assert buffer.startswith(f"{gigabytes:.2f} GB, in each") if "sqdf" in name else not buffer
         for key, text in zip(("transitions per epoch", "reward gradients per epoch"), rows.get(name, ())):
             assert seen["lines"][key].startswith(text), (name, key)
     assert not released
@@ -1283,3 +1349,24 @@ def test_tiny_presets_parse_in_any_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name, method in (("tiny", "vgg-flow"), ("tiny-sd15", "residual-db")):
         assert fo.parse_args(["--preset", name]).method == method
+
+
+def test_lora_of_the_flow_presets_is_that_of_the_authors(capsys):
+    """peft's own matching on the real architecture: q, k, v and out of both attentions, 148 layers and 3.64 M."""
+    from peft import LoraConfig
+
+    args = fo.parse_args(["--preset", "tiny", "--lora-targets", fo.PRESETS["rsm-sd35-hpsv2"]["lora_targets"]])
+    with torch.device("meta"):
+        net = Transformer.from_config(json.loads((ROOT / "benchmarks/configs/sd3.5-medium.json").read_text()))
+        net.add_adapter(LoraConfig(r=8, lora_alpha=8, target_modules=harness.lora_targets(args)))
+    weights = {n: p.numel() for n, p in net.named_parameters() if "lora" in n}
+    layers = {n.split(".lora_")[0] for n in weights}
+    assert len(layers) == 24 * 4 + 13 * 4 == 148 and not any("add" in n for n in layers)
+    assert sum(weights.values()) == 148 * 8 * 2 * 1536  # 3.64 M: every one of them is 1536 x 1536
+
+
+def test_a_tiny_vae_of_the_hub_is_asked_for_before_the_run(monkeypatch, capsys):
+    asked = []
+    monkeypatch.setattr(harness, "require_hub", lambda *a: asked.append(a))
+    arguments("--tiny-vae", "madebyollin/taesd3")
+    assert [a[::2] for a in asked] == [("madebyollin/taesd3", "config.json")]
