@@ -1,0 +1,203 @@
+"""A run that is killed, moved or fed damaged files: nothing is lost, and either start or resume always works."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import harness
+import vmpo
+
+ROOT = Path(__file__).resolve().parent.parent
+SMALL = "--preset tiny --num-prompts 2 --group-size 2 --steps 3 --eval-images 4 --sample-every 0 --save-every 1"
+SMALL = SMALL.split()
+ENV = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+
+
+def train(folder, name, *flags):
+    vmpo.main(vmpo.parse_args([*SMALL, "--runs", str(folder), "--name", name, *map(str, flags)]))
+    return Path(folder) / name
+
+
+def resume(run, *flags):
+    vmpo.main(vmpo.parse_args(["--resume", str(run), *map(str, flags)]))
+
+
+def rows(run):
+    lines = [line.split(",") for line in (run / "metrics.csv").read_text().splitlines()]
+    keep = [j for j, key in enumerate(lines[0]) if not key.startswith(("time/", "calls/"))]
+    return [[line[j] for j in keep] for line in lines]
+
+
+def same(run, other):
+    """Metrics, the exported LoRA and the summary's numbers."""
+    lora = [(r / "checkpoints" / "last" / "pytorch_lora_weights.safetensors").read_bytes() for r in (run, other)]
+    gains = [json.loads((r / "summary.json").read_text())["gain"] for r in (run, other)]
+    return rows(run) == rows(other) and lora[0] == lora[1] and gains[0] == gains[1]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    return train(tmp_path_factory.mktemp("whole"), "run", "--epochs", 3)
+
+
+@pytest.fixture
+def run(whole, tmp_path):
+    """A copy of a finished run of three epochs."""
+    return Path(shutil.copytree(whole, tmp_path / "run", symlinks=True))
+
+
+def test_killed_before_the_first_checkpoint(run, whole):
+    """Neither start nor resume worked on such a folder."""
+    shutil.rmtree(run / "checkpoints")
+    (run / "summary.json").unlink()
+    with pytest.raises(harness.UsageError, match="continue it with --resume"):
+        train(run.parent, "run")
+    resume(run)
+    assert same(run, whole)
+
+
+def test_killed_between_the_last_checkpoint_and_the_summary(run, whole):
+    for file in ("summary.json", "curve.png", "before_after.png"):
+        (run / file).unlink()
+    resume(run)
+    assert same(run, whole) and (run / "curve.png").exists() and (run / "before_after.png").exists()
+    with pytest.raises(harness.UsageError, match="epoch 3 of 3 is done; give a larger --epochs"):
+        resume(run)
+
+
+def test_killed_between_a_checkpoint_and_its_link(run, whole):
+    (run / "checkpoints" / "last").unlink()
+    (run / "checkpoints" / "last").symlink_to("epoch_0001")
+    (run / "summary.json").unlink()
+    resume(run)
+    assert os.readlink(run / "checkpoints" / "last") == "epoch_0003" and same(run, whole)
+
+
+def test_torn_row_of_the_metrics(run, whole):
+    (run / "summary.json").unlink()
+    shutil.rmtree(run / "checkpoints" / "epoch_0003")
+    text = (run / "metrics.csv").read_text()
+    last = text.splitlines()[-1]
+    (run / "metrics.csv").write_text(text.replace(last + "\n", "1"))  # of "3,...": a kill in the middle of a write
+    resume(run)
+    assert same(run, whole)
+
+
+@pytest.mark.parametrize("damage", ["flip", "truncate", "remove", "manifest"])
+@pytest.mark.parametrize("file", ["state.pt", "pytorch_lora_weights.safetensors"])
+def test_damaged_checkpoint_is_named_and_the_one_before_is_taken(run, whole, damage, file, capsys):
+    newest = run / "checkpoints" / "epoch_0003"
+    data = bytearray((newest / file).read_bytes())
+    if damage == "flip":
+        data[len(data) // 2] ^= 1
+        (newest / file).write_bytes(data)
+    elif damage == "truncate":
+        (newest / file).write_bytes(data[:-7])
+    elif damage == "remove":
+        (newest / file).unlink()
+    else:
+        (newest / "manifest.json").write_text("{")
+    (run / "summary.json").unlink()
+    resume(run)
+    said = capsys.readouterr().out
+    assert "epoch_0003 is damaged" in said and (file in said or damage == "manifest")
+    assert same(run, whole) and (run / "checkpoints" / "epoch_0003.damaged").is_dir()  # nothing is thrown away
+
+
+def test_all_checkpoints_damaged_starts_again(run, whole, capsys):
+    for checkpoint in (run / "checkpoints").glob("epoch_*"):
+        (checkpoint / "state.pt").write_bytes(b"")
+    (run / "summary.json").unlink()
+    resume(run)
+    assert capsys.readouterr().out.count("is damaged") == 3 and same(run, whole)
+
+
+def call(*flags, **env):
+    command = [sys.executable, "vmpo.py", *map(str, flags)]
+    return subprocess.run(command, cwd=ROOT, env=ENV | env, capture_output=True, text=True, timeout=300)
+
+
+HOLDER = """
+import pathlib, sys, time
+import harness
+harness.lock(pathlib.Path(sys.argv[1]))
+print("held", flush=True)
+time.sleep(99)
+"""
+
+
+def test_one_process_for_each_run_folder(run):
+    """The second is told who has it; the lock of a dead process holds nobody up."""
+    command = [sys.executable, "-c", HOLDER, str(run)]
+    holder = subprocess.Popen(command, cwd=ROOT, env=ENV, stdout=subprocess.PIPE, text=True)
+    assert holder.stdout.readline() == "held\n"
+    harness.LOCKS.clear()
+    before = rows(run)
+    with pytest.raises(harness.UsageError, match=f"is in use by process {holder.pid} on"):
+        resume(run, "--epochs", 4)
+    assert rows(run) == before
+    holder.kill()
+    holder.wait()
+    resume(run, "--epochs", 4)
+    assert len(rows(run)) == len(before) + 1
+
+
+def test_a_start_that_fails_before_its_first_epoch_leaves_nothing(tmp_path):
+    (tmp_path / "mine.py").write_text("def reward(images, prompts, metadata):\n    raise OSError('server gone')\n")
+    flags = [*SMALL, "--reward", "mine:reward", "--runs", tmp_path / "runs", "--name", "run"]
+    done = call(*flags, PYTHONPATH=str(tmp_path))
+    assert done.returncode == 1 and "server gone" in done.stderr and not (tmp_path / "runs" / "run").exists()
+
+
+def test_a_full_disk_ends_with_one_sentence_and_an_intact_checkpoint(run, monkeypatch, capsys):
+    real = torch.save
+
+    def full(state, path):
+        Path(path).write_bytes(b"half")
+        raise RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos 64 vs 0")
+
+    monkeypatch.setattr(torch, "save", full)
+    monkeypatch.setattr(sys, "argv", ["vmpo.py"])
+    with pytest.raises(SystemExit) as stop:
+        harness.run_main(vmpo.main, lambda: vmpo.parse_args(["--resume", str(run), "--epochs", "4"]), ValueError)
+    message = capsys.readouterr().err.strip().splitlines()[-1]
+    assert stop.value.code == 1 and "epoch_0004 could not be written" in message and f"--resume {run}" in message
+    monkeypatch.setattr(torch, "save", real)
+    resume(run, "--epochs", 4)
+    assert rows(run)[-1][0] == "4"
+
+
+@pytest.mark.parametrize("flags, env, words", [
+    ("--name ../x", {}, "--name ../x is no name of a folder"),
+    (f"--name {'x' * 300}", {}, "at most 200 characters"),
+    ("--device cuda", {}, "there is no CUDA device"),
+    ("--seed 1", {"WORLD_SIZE": "two"}, "WORLD_SIZE, RANK, LOCAL_RANK are two"),
+    ("--seed 1", {"RANK": "-1"}, "torchrun"),
+])  # fmt: skip
+def test_nonsense_is_one_sentence_and_leaves_no_folder(tmp_path, flags, env, words, monkeypatch, capsys):
+    if "cuda" in flags and torch.cuda.is_available():
+        pytest.skip("there is one here")
+    for key, value in env.items():
+        monkeypatch.setenv(key, value)
+    with pytest.raises(SystemExit) as stop:
+        vmpo.parse_args([*SMALL, "--runs", str(tmp_path / "runs"), *flags.split()])
+    assert stop.value.code == 2 and words in capsys.readouterr().err and not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("broken", ["truncated", "html", "missing"])
+def test_broken_weights_are_one_sentence(tmp_path, broken):
+    shutil.copytree(ROOT / "tiny" / "sd35", tmp_path / "model")
+    weights = next((tmp_path / "model" / "transformer").glob("*.safetensors"))
+    content = {"truncated": weights.read_bytes()[:5000], "html": b"<html>", "missing": None}[broken]
+    weights.unlink()
+    if content:
+        weights.write_bytes(content)
+    done = call(*SMALL, "--model", tmp_path / "model", "--max-sequence-length", 10, "--runs", tmp_path / "runs")
+    assert done.returncode == 2 and "cannot be loaded" in done.stderr.strip().splitlines()[-1], done.stderr[-600:]
+    assert not list((tmp_path / "runs").glob("*"))
