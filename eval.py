@@ -56,7 +56,7 @@ PRESETS = {
 }  # fmt: skip
 SAMPLER = {"eps": (50, 5.0), "flow": (40, 4.5)}  # steps and cfg where neither flag nor preset says
 # of a run's args.json: what --panel takes over as it is
-SAME = "reward_path cfg resolution max_sequence_length model t5 dtype decode_batch_size reward_batch_size".split()
+SAME = "reward_path resolution max_sequence_length model t5 dtype decode_batch_size reward_batch_size".split()
 
 
 # ---- flags and their checks --------------------------------------------------
@@ -121,6 +121,7 @@ def panel_defaults(args) -> dict:
         own = json.loads((run / "args.json").read_text())["args"]
         found = {name: own[name] for name in SAME}
         found |= {"steps": own["eval_steps"], "batch_size": own["micro_batch_size"]}
+        found["cfg"] = own.get("eval_cfg", own["cfg"])
         if own["eval_kernel"] == "same":
             found |= {name: own[name] for name in ("kernel", "noise_level")}
         prompts, images = own["eval_prompts"] or own["prompts"], own["eval_images"]
@@ -129,7 +130,7 @@ def panel_defaults(args) -> dict:
         need(False, f"--panel {run} is no run folder ({problem!r}); give a trainer's, e.g. runs/NAME")
     need(not args.lora, f"--panel {run} evaluates the run's own checkpoints; leave --lora out")
     need(args.checkpoints > 0, f"--checkpoints {args.checkpoints} is too few; use 1 or more")
-    epochs = sorted(run.glob("checkpoints/epoch_*/" + LORA_FILE))
+    epochs = sorted(run.glob("checkpoints/epoch_*[0-9]/" + LORA_FILE), key=lambda file: int(file.parent.name[6:]))
     need(epochs, f"--panel {run} has no checkpoint yet; let it train longer")
     count = min(args.checkpoints, len(epochs))
     names = dict.fromkeys(name for spec in specs for name, _ in rewards.parse_spec(spec))

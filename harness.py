@@ -258,6 +258,8 @@ def resumed_args(method: str, args, explicit: dict) -> argparse.Namespace:
         advice = "give the folder that holds checkpoints/"
         raise UsageError(f"{what} is not a run folder (no readable args.json); {advice}") from None
     need(owner == method, f"{what} is a run of {owner}.py, not of {method}.py", "resume it with that script")
+    absent = ", ".join(sorted(vars(args).keys() - own.keys() - DERIVED))
+    need(not absent, f"{what} was made by an older version (its args.json has no {absent})", "resume it with that one")
     for key, value in explicit.items():
         flag, same = "--" + key.replace("_", "-"), key in RESUMABLE or own.get(key) == value
         differs = f"{flag} {value} differs from the resumed run's {own.get(key)}"
@@ -281,8 +283,9 @@ def check_args(args) -> None:
     if len(args.prompt_list) < args.num_prompts:
         have = f"--prompts has {len(args.prompt_list)} prompts, fewer than --num-prompts {args.num_prompts}"
         print(f"note: {have}; they repeat within an epoch")
-    plain = args.name == Path(args.name).name and len(args.name) <= 200
-    need(plain, f"--name {args.name[:60]} is no name of a folder", "use at most 200 characters without /")
+    plain = args.name == Path(args.name).name != ".." and len(args.name.encode()) <= 200
+    what = f"--name {args.name[:60]} is no name of a folder"
+    need(plain or args.resume, what, "use at most 200 characters without /")
     runs = Path(args.runs).absolute()
     parent = next(p for p in [runs, *runs.parents] if p.exists())
     wrong = f"--runs {args.runs} cannot be written ({parent} is not a writable folder)"
@@ -522,8 +525,8 @@ def run_main(main, parse_args, usage_error: type[Exception]) -> None:
         print(f"{Path(sys.argv[0]).name}: error: {problem}", file=sys.stderr)
         sys.exit(2)
     except OSError as problem:  # a full disk, a folder that cannot be written
-        where = getattr(args, "run_dir", "")
-        what = f"stopped: {problem}; mend it and go on with --resume {where}"
+        where = "" if getattr(args, "made_dir", None) else getattr(args, "run_dir", "")
+        what = f"stopped: {problem}" + (f"; mend it and go on with --resume {where}" if where else "")
         print(f"{Path(sys.argv[0]).name}: {what}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
@@ -559,9 +562,10 @@ def setup(args, method: str) -> Run:
     need(args.resume or not news[1], f"{what}, or choose another --name")
     folder = Path(args.resume or news[0])
     if rank == 0:
-        args.made_dir = None if folder.exists() else str(folder)
+        new = not args.resume and not (folder.exists() and any(folder.iterdir()))
         folder.mkdir(parents=True, exist_ok=True)
         lock(folder)
+        args.made_dir = str(folder) if new else None  # after the lock: it is ours alone
     args.run_dir = str(folder)
     run = Run(folder, device, dtype, rank, world, method=method)
     if run.is_main:
@@ -585,10 +589,12 @@ def lock(folder: Path) -> None:
     file = (folder / "lock").open("a+")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except BlockingIOError:
         file.seek(0)
         busy = f"{folder} is in use by {file.read().strip() or 'another process'}"
-        raise UsageError(f"{busy}; wait for its end, or choose another --name") from None
+        raise UsageError(f"{busy}; wait for its end, or start under another --name") from None
+    except OSError:  # this file system has no locks
+        return file.close()
     file.truncate(0)
     file.write(f"process {os.getpid()} on {platform.node()}\n")
     file.flush()
@@ -599,8 +605,6 @@ def make_folder(args, run: Run) -> None:
     """The run folder with args.json, command.txt, versions.json and copies of the scripts."""
     for name in ("samples", "checkpoints"):
         (run.dir / name).mkdir(parents=True, exist_ok=True)
-    plain = {k: v for k, v in vars(args).items() if k not in DERIVED}
-    write_json(run.dir / "args.json", {"method": run.method, "args": plain})
     (run.dir / "command.txt").write_text(shlex.join([Path(sys.executable).name, *sys.argv]) + "\n")
     write_json(run.dir / "versions.json", versions())
     for script in (f"{run.method}.py", "common.py", "harness.py", "rewards.py", *HERE.glob("judges/*.py")):
@@ -608,6 +612,8 @@ def make_folder(args, run: Run) -> None:
             copy = run.dir / (HERE / script).relative_to(HERE)
             copy.parent.mkdir(exist_ok=True)
             shutil.copy(HERE / script, copy)
+    plain = {k: v for k, v in vars(args).items() if k not in DERIVED}
+    write_json(run.dir / "args.json", {"method": run.method, "args": plain})  # last: with it the folder is a run
 
 
 def pick_dtype(name: str, device: torch.device) -> tuple[torch.dtype, str]:
@@ -957,10 +963,12 @@ def digest(file: Path) -> str:
 
 def point_to(checkpoint: Path) -> None:
     """checkpoints/last -> the newest one."""
-    link = checkpoint.with_name(".last")
+    link, last = checkpoint.with_name(".last"), checkpoint.with_name("last")
+    if last.is_dir() and not last.is_symlink():
+        shutil.rmtree(last)  # a copy of the run that was made without links
     link.unlink(missing_ok=True)
     link.symlink_to(checkpoint.name)
-    link.replace(checkpoint.with_name("last"))
+    link.replace(last)
 
 
 def load(folder: str | Path) -> dict | None:
@@ -969,11 +977,14 @@ def load(folder: str | Path) -> dict | None:
     Damaged ones are named and set aside, so that the run can write them anew.
     """
     root = Path(folder) / "checkpoints"
-    newest = sorted(root.glob("epoch_????"), reverse=True)
+    newest = sorted(root.glob("epoch_*[0-9]"), key=lambda path: int(path.name[6:]), reverse=True)
     for checkpoint in newest:
         if not (problem := damage(checkpoint)):
-            point_to(checkpoint)  # a kill may have fallen between a checkpoint and its link
+            if common.rank() == 0:  # a kill may have fallen between a checkpoint and its link
+                point_to(checkpoint)
             return torch.load(checkpoint / "state.pt", map_location="cpu", weights_only=True)
+        if common.rank() > 0:
+            raise OSError(f"{checkpoint} is damaged for this process alone ({problem})")
         print(f"note: {checkpoint} is damaged ({problem}) and set aside as {checkpoint.name}.damaged")
         shutil.rmtree(checkpoint.with_name(f"{checkpoint.name}.damaged"), ignore_errors=True)
         checkpoint.rename(checkpoint.with_name(f"{checkpoint.name}.damaged"))
@@ -989,7 +1000,7 @@ def damage(checkpoint: Path) -> str:
                 return f"{name} was altered"
     except FileNotFoundError as problem:
         return f"{Path(problem.filename).name} is missing"
-    except (OSError, ValueError, AttributeError) as problem:
+    except (ValueError, AttributeError) as problem:  # a file that cannot be read now is no damaged one
         return f"manifest.json: {problem}"
     return ""
 
@@ -1010,7 +1021,8 @@ class Recorder:
         state = load(run.dir) if args.resume and not run.is_main else state
         if state:
             done = f"--resume {run.dir}: epoch {state['epoch']} of {args.epochs} is done"
-            finished = (run.dir / "summary.json").exists()  # else a kill fell before it
+            summary = run.dir / "summary.json"  # else a kill fell before it
+            finished = summary.exists() and json.loads(summary.read_text())["epochs"] == args.epochs
             more = state["epoch"] < args.epochs or state["epoch"] == args.epochs and not finished
             need(more, done, "give a larger --epochs to go on")
             optimiser.load_state_dict(state["theta"])
@@ -1025,11 +1037,13 @@ class Recorder:
 
     def epochs(self):
         """The epochs that are left, after the evaluation of the untrained policy."""
-        run, args = self.run, self.args
-        if run.start_epoch == 0 and args.eval_images:
-            scores, problem = self._held_out()
-            self._stop_if(problem, 0)
-            self.logger.log(0, held_out_metrics(scores, args, run, 0))
+        run, args, at = self.run, self.args, self.run.start_epoch
+        there = (run.dir / "eval" / f"epoch_{at:04d}.json").exists()
+        if args.eval_images and (at == 0 or at == args.epochs and not there):  # a stop may fall before the last one
+            with self.optimiser.averaged():
+                scores, problem = self._held_out()
+            self._stop_if(problem, at)
+            self.logger.log(at, held_out_metrics(scores, args, run, at))
         left, off = range(run.start_epoch, args.epochs), not run.is_main
         self.bar = common.tqdm(left, desc=run.method, disable=off, initial=run.start_epoch, total=args.epochs)
         for epoch in self.bar:
@@ -1077,12 +1091,12 @@ class Recorder:
             if run.is_main and args.sample_every and done % args.sample_every == 0:
                 images, prompts = draw(self.policy, args, range(16))
                 image_grid(images, [p.text for p in prompts], run.dir / "samples" / f"epoch_{done:04d}.png")
+        args.made_dir = None  # an epoch is done: from here on the folder is worth keeping
         self._stop_if(problem, done, row)  # the policy's own weights are back: they are what a checkpoint keeps
         if scores:
             row |= held_out_metrics(scores, args, run, done)
         self.logger.log(done, row)
         self.bar.set_postfix(reward=f"{row['reward/mean']:.3f}", kl=f"{row.get('kl/ref', math.nan):.1e}")
-        args.made_dir = None  # from here on the folder is worth keeping
         if last or args.save_every and done % args.save_every == 0:
             self._save(done)  # after the log: a resumed run drops the rows that came after its checkpoint
 

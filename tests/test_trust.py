@@ -118,6 +118,69 @@ def test_all_checkpoints_damaged_starts_again(run, whole, capsys):
     assert capsys.readouterr().out.count("is damaged") == 3 and same(run, whole)
 
 
+def test_stopped_in_the_last_evaluation(run, whole):
+    """The last checkpoint is there and its evaluation is not: a resume makes it."""
+    (run / "eval" / "epoch_0003.json").unlink()
+    (run / "summary.json").unlink()
+    resume(run)
+    assert (run / "eval" / "epoch_0003.json").read_text() == (whole / "eval" / "epoch_0003.json").read_text()
+    gains = [json.loads((r / "summary.json").read_text())["gain"] for r in (run, whole)]
+    assert gains[0] == gains[1]
+
+
+def test_summary_of_a_shorter_run_does_not_stand_in(run):
+    resume(run, "--epochs", 4)
+    text = (run / "summary.json").read_text()
+    (run / "summary.json").write_text(text.replace('"epochs": 4', '"epochs": 3'))  # killed before the second one
+    resume(run, "--epochs", 4)
+    assert json.loads((run / "summary.json").read_text()) == json.loads(text)
+
+
+def test_a_run_copied_without_links(run, whole):
+    (run / "checkpoints" / "last").unlink()
+    shutil.copytree(run / "checkpoints" / "epoch_0003", run / "checkpoints" / "last")
+    (run / "summary.json").unlink()
+    resume(run)
+    assert (run / "checkpoints" / "last").is_symlink() and same(run, whole)
+
+
+def test_a_run_of_an_older_version_is_refused_and_left_alone(run, capsys):
+    saved = json.loads((run / "args.json").read_text())
+    del saved["args"]["ema_warmup"]
+    (run / "args.json").write_text(json.dumps(saved))
+    before = rows(run)
+    with pytest.raises(SystemExit) as stop:
+        resume(run, "--epochs", 4)
+    assert stop.value.code == 2 and "has no ema_warmup" in capsys.readouterr().err and rows(run) == before
+
+
+def test_a_reward_that_fails_in_the_first_epochs_evaluation_keeps_that_epoch(tmp_path, monkeypatch):
+    real = harness.score_held_out
+    monkeypatch.setattr("sys.argv", ["vmpo.py"])
+
+    def fails_later(policy, args, run, reward, more):
+        if (run.dir / "metrics.csv").read_text().count("\n") > 1:
+            raise vmpo.rewards.RewardError("server gone")
+        return real(policy, args, run, reward, more)
+
+    monkeypatch.setattr(harness, "score_held_out", fails_later)
+    flags = [*SMALL, "--epochs", "2", "--eval-every", "1", "--runs", str(tmp_path), "--name", "run"]
+    with pytest.raises(SystemExit, match="stopped after epoch 1: server gone"):
+        harness.run_main(vmpo.main, lambda: vmpo.parse_args(flags), ValueError)
+    monkeypatch.setattr(harness, "score_held_out", real)
+    resume(tmp_path / "run")
+    assert [row[0] for row in rows(tmp_path / "run")] == ["epoch", "0", "1", "2"]
+
+
+def test_an_empty_folder_of_that_name_is_left_empty(tmp_path, monkeypatch):
+    (tmp_path / "run").mkdir()
+    monkeypatch.setattr("sys.argv", ["vmpo.py"])
+    wrong = [*SMALL, "--resolution", "36", "--runs", str(tmp_path), "--name", "run"]  # found when the model is loaded
+    with pytest.raises(SystemExit) as stop:
+        harness.run_main(vmpo.main, lambda: vmpo.parse_args(wrong), ValueError)
+    assert stop.value.code == 2 and not (tmp_path / "run").exists()
+
+
 def call(*flags, **env):
     command = [sys.executable, "vmpo.py", *map(str, flags)]
     return subprocess.run(command, cwd=ROOT, env=ENV | env, capture_output=True, text=True, timeout=300)
@@ -175,6 +238,7 @@ def test_a_full_disk_ends_with_one_sentence_and_an_intact_checkpoint(run, monkey
 
 @pytest.mark.parametrize("flags, env, words", [
     ("--name ../x", {}, "--name ../x is no name of a folder"),
+    ("--name ..", {}, "--name .. is no name of a folder"),
     (f"--name {'x' * 300}", {}, "at most 200 characters"),
     ("--device cuda", {}, "there is no CUDA device"),
     ("--seed 1", {"WORLD_SIZE": "two"}, "WORLD_SIZE, RANK, LOCAL_RANK are two"),
