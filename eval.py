@@ -14,7 +14,6 @@ import csv
 import hashlib
 import importlib.util
 import json
-import os
 import re
 import shlex
 import sys
@@ -143,8 +142,8 @@ def panel_defaults(args) -> dict:
 
 def check_args(args) -> None:
     """All that can be wrong before a model is loaded; fills in defaults, prompt_list, reward_names, paths."""
-    args.model_path, args.backbone = harness.find_model(args.model)
-    args.kind, kernels = args.backbone.kind, args.backbone.kernels
+    harness.use_model(args)
+    kernels = args.backbone.kernels
     wrong = f"--kernel {args.kernel} does not fit --model {args.model}"
     need(args.kernel in kernels, f"{wrong}; use {' or '.join(kernels)}")
     level = args.noise_level
@@ -156,8 +155,6 @@ def check_args(args) -> None:
     args.noise_level = harness.NOISE_LEVEL[args.kernel] if level is None else level
     steps, cfg = SAMPLER[args.kind]
     args.steps, args.cfg = args.steps or steps, cfg if args.cfg is None else args.cfg
-    if args.model in harness.MODELS:
-        args.resolution = args.resolution or harness.MODELS[args.model][4]
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -196,9 +193,7 @@ def check_out(args) -> None:
         other = True
     what = f"--out {out} holds results of other settings"
     need(args.overwrite or not other, f"{what}; choose another folder, or give --overwrite")
-    parent = next(p for p in [out.absolute(), *out.absolute().parents] if p.exists())
-    writable = parent.is_dir() and os.access(parent, os.W_OK)
-    need(writable, f"--out {out} cannot be written ({parent} is no writable folder); choose another")
+    harness.need_writable("--out", out)
     args.out = str(out)
 
 

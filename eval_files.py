@@ -71,9 +71,8 @@ def add_scores(args, scores: dict, new: dict) -> None:
 def save_image(pixels: numpy.ndarray, path: Path) -> None:
     """(H, W, 3) uint8 -> PNG, complete or absent."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    Image.fromarray(pixels).save(temporary, format="PNG")
-    temporary.replace(path)
+    with harness.complete(path) as temporary:
+        Image.fromarray(pixels).save(temporary, format="PNG")
 
 
 def read_images(paths: list[Path]) -> torch.Tensor:

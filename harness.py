@@ -273,10 +273,7 @@ def check_args(args) -> None:
     """Raises UsageError, or fills in the defaults that depend on the model."""
     need(args.eval_images != 1, "--eval-images 1 gives no standard error", "use 2 or more, or 0 for none")
     check_processes(args)
-    args.model_path, args.backbone = find_model(args.model)
-    args.kind = args.backbone.kind
-    if args.model in MODELS:
-        args.resolution = args.resolution or MODELS[args.model][4]
+    use_model(args)
     check_sampler(args)
     args.prompt_list = load_prompts(args.prompts)
     args.eval_prompt_list = load_prompts(args.eval_prompts) if args.eval_prompts else args.prompt_list
@@ -286,9 +283,14 @@ def check_args(args) -> None:
     plain = args.name == Path(args.name).name != ".." and len(args.name.encode()) <= 200
     what = f"--name {args.name[:60]} is no name of a folder"
     need(plain or args.resume, what, "use at most 200 characters without /")
-    runs = Path(args.runs).absolute()
-    parent = next(p for p in [runs, *runs.parents] if p.exists())
-    wrong = f"--runs {args.runs} cannot be written ({parent} is not a writable folder)"
+    need_writable("--runs", args.runs)
+
+
+def need_writable(flag: str, folder: str | Path) -> None:
+    """The folder, or the nearest one above it that exists, can be written to."""
+    path = Path(folder).absolute()
+    parent = next(p for p in [path, *path.parents] if p.exists())
+    wrong = f"{flag} {folder} cannot be written ({parent} is not a writable folder)"
     need(parent.is_dir() and os.access(parent, os.W_OK), wrong, "choose another folder")
 
 
@@ -404,6 +406,14 @@ def find_model(name: str) -> tuple[str, type]:
     known = ", ".join(common.BACKBONES)
     need(pipeline in common.BACKBONES, f"{what} is a {pipeline}", f"supported are {known}")
     return name, common.BACKBONES[pipeline]
+
+
+def use_model(args) -> None:
+    """Fills in what follows from --model: its place, backbone, kind and the papers' resolution."""
+    args.model_path, args.backbone = find_model(args.model)
+    args.kind = args.backbone.kind
+    if args.model in MODELS:
+        args.resolution = args.resolution or MODELS[args.model][4]
 
 
 def require_hub(repo: str, what: str, file: str = "model_index.json") -> None:

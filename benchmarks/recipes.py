@@ -85,5 +85,4 @@ def page() -> str:
 
 
 if __name__ == "__main__":
-    importlib.import_module("harness")
     (ROOT / "docs" / "recipes.md").write_text(page())

@@ -396,7 +396,7 @@ def test_killed_and_continued(world, prompts, tmp_path, monkeypatch):
     for file in (tmp_path / "whole").rglob("images/*/*.png"):
         same = tmp_path / "killed" / file.relative_to(tmp_path / "whole")
         assert same.read_bytes() == file.read_bytes()
-    assert not list((tmp_path / "killed").rglob("*.tmp"))
+    assert not list((tmp_path / "killed").rglob("*.tmp*"))
 
 
 def test_an_image_that_cannot_be_read(prompts, tmp_path):
