@@ -24,6 +24,7 @@ import safetensors.torch
 import torch
 from tqdm import tqdm
 
+import checkpoints
 import common
 import eval_files
 import harness
@@ -480,7 +481,7 @@ def main(args):
         if args.panel:
             panel = panel_data(args, found, summary, [p.text for p in args.prompt_list])
             eval_files.draw_panel(panel, out / "panel.png")
-            harness.write_json(out / "panel.json", panel)
+            checkpoints.write_json(out / "panel.json", panel)
             for name, d in panel["declines"].items():
                 print(f"note: {name} falls by {d['fall']:.4f} ± {d['fall_se']:.4f} after epoch {d['best_epoch']}")
         eval_files.write_results(args, files, found, summary, by_tag, note, dtype)

@@ -15,7 +15,9 @@ import numpy
 import torch
 from PIL import Image, features
 
+import checkpoints
 import harness
+import pictures
 import rewards
 
 OVER_TAGS = "geneval"  # official: each tag counts the same, however many prompts it has
@@ -71,7 +73,7 @@ def add_scores(args, scores: dict, new: dict) -> None:
 def save_image(pixels: numpy.ndarray, path: Path) -> None:
     """(H, W, 3) uint8 -> PNG, complete or absent."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with harness.complete(path) as temporary:
+    with checkpoints.complete(path) as temporary:
         Image.fromarray(pixels).save(temporary, format="PNG")
 
 
@@ -132,7 +134,7 @@ def write_results(args, files, scores, summary, by_tag, note: str, dtype) -> Non
         })  # fmt: skip
     skip = harness.DERIVED | {"command", "lora_files", "lora_targets", "folders", "key", "trained_on"}
     settings = {k: v for k, v in vars(args).items() if k not in skip} | {"dtype": str(dtype).removeprefix("torch.")}
-    harness.write_json(out / "results.json", {
+    checkpoints.write_json(out / "results.json", {
         "note": note, "command": args.command, "key": args.key, "summary": summary, "tags": by_tag, "loras": loras,
         "settings": settings, "versions": harness.versions(), "per_prompt": per_prompt,
     })  # fmt: skip
@@ -148,7 +150,7 @@ def write_pictures(args, files, scores, summary, note: str) -> None:
         images = read_images([file for row in (zip(*first) if pairs else first) for file in row])
         captions = texts if pairs else [f"{label}: {text}" for label in files for text in texts]
         columns = min(4, len(texts)) if pairs else len(texts)
-        harness.image_grid(images, captions, out / "grid.png", columns, pairs)
+        pictures.image_grid(images, captions, out / "grid.png", columns, pairs)
     if args.gallery_mb:
         shown = [Path(args.panel).name] if args.panel else args.lora_files
         head = dict(note=note, command=args.command, rewards=args.reward_names, summary=summary)

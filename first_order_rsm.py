@@ -40,6 +40,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+import checkpoints
 import common
 import harness
 import rewards
@@ -231,7 +232,7 @@ def main(args):
     h = influence(args.method, grid, eta, args.residual_scale)[steps]
     if run.is_main:
         content = {"step": steps, "h": (h / h.mean()).tolist()}
-        harness.write_json(run.dir / "influence.json", content)
+        checkpoints.write_json(run.dir / "influence.json", content)
     gradient = RewardGradient(args, policy, reward, grid)
     phi = learned_networks(policy, args)
     learned = [(list(phi.parameters()), args.net_lr, args.max_grad_norm)]

@@ -1,5 +1,5 @@
 """The run side of the five trainers: what no paper mentions.  Flags and their checks, presets, run folder, processes,
-log, held-out evaluation, pictures, checkpoints, resume.  Nothing here knows a method.
+log, held-out evaluation, resume.  Nothing here knows a method.
 
 A trainer's main() is: setup(), load_policy(), add_lora(), make_optimiser(), Recorder(...), and between
 recorder.epochs() and recorder.end_epoch() the paper's algorithm.
@@ -7,7 +7,6 @@ recorder.epochs() and recorder.end_epoch() the paper's algorithm.
 
 import argparse
 import csv
-import hashlib
 import json
 import math
 import os
@@ -18,22 +17,21 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import nn
 
-try:
-    import fcntl
-except ImportError:  # no file locks on Windows
-    fcntl = None
-
+import checkpoints
 import common
+import pictures
+from checkpoints import complete, write_json
 from common import UsageError, all_reduce, gather
 
 HERE = Path(__file__).resolve().parent
+SHARED = ("common.py", "harness.py", "checkpoints.py", "pictures.py", "rewards.py")  # what every trainer needs
 MODELS = {  # name: folder or hub id, pipeline, latent channels, pixels per latent, papers' resolution, parameters (M)
     "sd15": ("stable-diffusion-v1-5/stable-diffusion-v1-5", "StableDiffusionPipeline", 4, 8, 512, 860),
     "sd3.5-medium": ("stabilityai/stable-diffusion-3.5-medium", "StableDiffusion3Pipeline", 16, 8, 512, 2243),
@@ -574,7 +572,7 @@ def setup(args, method: str) -> Run:
     if rank == 0:
         new = not args.resume and not (folder.exists() and any(folder.iterdir()))
         folder.mkdir(parents=True, exist_ok=True)
-        lock(folder)
+        checkpoints.lock(folder)
         args.made_dir = str(folder) if new else None  # after the lock: it is ours alone
     args.run_dir = str(folder)
     run = Run(folder, device, dtype, rank, world, method=method)
@@ -589,35 +587,13 @@ def setup(args, method: str) -> Run:
     return run
 
 
-LOCKS = {}  # of this process: an open file each, which the system unlocks when the process ends, however it ends
-
-
-def lock(folder: Path) -> None:
-    """UsageError if another process writes to this run folder; it says which."""
-    if fcntl is None or str(folder.resolve()) in LOCKS:
-        return
-    file = (folder / "lock").open("a+")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.seek(0)
-        busy = f"{folder} is in use by {file.read().strip() or 'another process'}"
-        raise UsageError(f"{busy}; wait for its end, or start under another --name") from None
-    except OSError:  # this file system has no locks
-        return file.close()
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {platform.node()}\n")
-    file.flush()
-    LOCKS[str(folder.resolve())] = file
-
-
 def make_folder(args, run: Run) -> None:
     """The run folder with args.json, command.txt, versions.json and copies of the scripts."""
     for name in ("samples", "checkpoints"):
         (run.dir / name).mkdir(parents=True, exist_ok=True)
     (run.dir / "command.txt").write_text(shlex.join([Path(sys.executable).name, *sys.argv]) + "\n")
     write_json(run.dir / "versions.json", versions())
-    for script in (f"{run.method}.py", "common.py", "harness.py", "rewards.py", *HERE.glob("judges/*.py")):
+    for script in (f"{run.method}.py", *SHARED, *HERE.glob("judges/*.py")):
         if (HERE / script).exists():
             copy = run.dir / (HERE / script).relative_to(HERE)
             copy.parent.mkdir(exist_ok=True)
@@ -649,21 +625,6 @@ def versions() -> dict[str, str]:
     except (OSError, subprocess.CalledProcessError):
         found["git"] = "not a git checkout"
     return found | ({"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {})
-
-
-@contextmanager
-def complete(path: Path):
-    """A temporary path, which becomes `path` when all is written and on the disk: complete or as it was."""
-    temporary = path.with_name(f".{path.stem}.tmp{path.suffix}")
-    yield temporary
-    with temporary.open("rb+") as f:
-        os.fsync(f.fileno())
-    temporary.replace(path)
-
-
-def write_json(path: Path, value) -> None:
-    with complete(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=1) + "\n")
 
 
 # ---- model and optimiser from the flags --------------------------------------
@@ -826,74 +787,6 @@ def held_out_metrics(scores: dict[str, torch.Tensor], args, run, epoch: int) -> 
     return result | {"eval/reward_se": scores["reward"].std().item() / args.eval_images**0.5}
 
 
-# ---- pictures ----------------------------------------------------------------
-def image_grid(images, captions: list[str], path: Path, columns: int = 8, pairs: bool = False, scores=None) -> None:
-    """Captioned contact sheet (PNG) of images (N, 3, H, W).
-
-    With `pairs`, images come as before, after, before, after, ...; `scores`, [(before, after), ...], are written under
-    each pair and colour its frame: green where the score rose, red where it fell.
-    """
-    from PIL import Image, ImageDraw, ImageFont
-
-    size = max(96, images.shape[-1]) if images.shape[-1] < 256 else 256
-    font, line, gap, frame = ImageFont.load_default(11), 30, 4, 3
-    parts = 2 if pairs else 1
-    wide, high = parts * (size + gap) + 2 * frame + 4, size + line + 2 * frame + 4 + (14 if scores else 0)
-    tiles = images.detach().cpu().mul(255).round().byte().permute(0, 2, 3, 1).numpy()
-    sheet = Image.new("RGB", (columns * wide, -(-len(captions) // columns) * high), "white")
-    pen = ImageDraw.Draw(sheet)
-    for n, caption in enumerate(captions):
-        x, y = n % columns * wide + frame, n // columns * high
-        colour = "lightgray"
-        if scores:
-            old, new = scores[n]
-            colour = "green" if new > old else "crimson" if new < old else "lightgray"
-            ink = colour if new != old else "gray"
-            pen.text((x + 2, y + line + size + frame + 2), f"{old:.2f} -> {new:.2f}", fill=ink, font=font)
-        right, low = x + parts * (size + gap) - gap + frame - 1, y + line + size + frame - 1
-        pen.rectangle((x - frame, y + line - frame, right, low), fill=colour)
-        for k in range(parts):
-            tile = Image.fromarray(tiles[n * parts + k])
-            tile = tile.resize((size, size), Image.NEAREST if tile.width < size else Image.LANCZOS)
-            sheet.paste(tile, (x + k * (size + gap), y + line))
-        lines = [""]
-        for word in caption.split():
-            if font.getlength(lines[-1] + " " + word) > wide - 8 and lines[-1]:
-                lines.append("")
-            lines[-1] = (lines[-1] + " " + word).strip()
-        pen.multiline_text((x, y), "\n".join(lines[:2]), fill="black", font=font, spacing=1)
-    with complete(path) as temporary:
-        sheet.save(temporary)
-
-
-def plot_curve(rows: list[dict[str, float]], path: Path, title: str) -> None:
-    """curve.png: the training reward per epoch and the held-out reward with its standard error."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axis = pyplot.subplots(figsize=(7, 4))
-    train = [(r["epoch"], r["reward/mean"]) for r in rows if "reward/mean" in r]
-    held = [(r["epoch"], r["eval/reward"], r["eval/reward_se"]) for r in rows if "eval/reward" in r]
-    if train:
-        axis.plot(*zip(*train), color="tab:blue", alpha=0.35, label="training rollouts")
-        smooth, value = [], train[0][1]
-        for _, reward in train:
-            value = 0.9 * value + 0.1 * reward
-            smooth.append(value)
-        axis.plot([e for e, _ in train], smooth, color="tab:blue", label="smoothed")
-    if held:
-        axis.errorbar(*zip(*held), color="tab:orange", marker="o", capsize=3, label="held-out prompts, same noise")
-    axis.set(xlabel="epoch", ylabel="reward", title=title)
-    axis.legend()
-    axis.grid(alpha=0.3)
-    figure.tight_layout()
-    with complete(path) as temporary:
-        figure.savefig(temporary, dpi=110)
-    pyplot.close(figure)
-
-
 # ---- log ---------------------------------------------------------------------
 class Logger:
     """metrics.csv + TensorBoard (+ wandb if asked); the columns are fixed from the first row."""
@@ -944,77 +837,6 @@ class Logger:
                 self.wandb.finish()
 
 
-# ---- checkpoints -------------------------------------------------------------
-def save(run: Run, policy, epoch: int, state: dict, ema: common.EMA | None) -> None:
-    """checkpoints/epoch_NNNN with the exported LoRA and state.pt, complete or absent; `last` points to it."""
-    root = run.dir / "checkpoints"
-    final, temporary = root / f"epoch_{epoch:04d}", root / f".writing_{epoch:04d}"
-    if not run.is_main or final.exists():
-        return
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
-        with ema.applied() if ema else nullcontext():
-            common.export_lora(policy, temporary)
-        torch.save(state | {"epoch": epoch}, temporary / "state.pt")
-    except (OSError, RuntimeError, ValueError) as problem:  # torch and safetensors have their own for a full disk
-        raise OSError(f"{final} could not be written ({problem})") from problem
-    write_json(temporary / "manifest.json", {file.name: digest(file) for file in temporary.iterdir()})
-    for file in temporary.iterdir():
-        with file.open("rb+") as f:
-            os.fsync(f.fileno())
-    temporary.rename(final)
-    point_to(final)
-
-
-def digest(file: Path) -> str:
-    return hashlib.sha256(file.read_bytes()).hexdigest()
-
-
-def point_to(checkpoint: Path) -> None:
-    """checkpoints/last -> the newest one."""
-    link, last = checkpoint.with_name(".last"), checkpoint.with_name("last")
-    if last.is_dir() and not last.is_symlink():
-        shutil.rmtree(last)  # a copy of the run that was made without links
-    link.unlink(missing_ok=True)
-    link.symlink_to(checkpoint.name)
-    link.replace(last)
-
-
-def load(folder: str | Path) -> dict | None:
-    """The state of a run's newest intact checkpoint, on the CPU; None where there is none.
-
-    Damaged ones are named and set aside, so that the run can write them anew.
-    """
-    root = Path(folder) / "checkpoints"
-    newest = sorted(root.glob("epoch_*[0-9]"), key=lambda path: int(path.name[6:]), reverse=True)
-    for checkpoint in newest:
-        if not (problem := damage(checkpoint)):
-            if common.rank() == 0:  # a kill may have fallen between a checkpoint and its link
-                point_to(checkpoint)
-            return torch.load(checkpoint / "state.pt", map_location="cpu", weights_only=True)
-        if common.rank() > 0:
-            raise OSError(f"{checkpoint} is damaged for this process alone ({problem})")
-        print(f"note: {checkpoint} is damaged ({problem}) and set aside as {checkpoint.name}.damaged")
-        shutil.rmtree(checkpoint.with_name(f"{checkpoint.name}.damaged"), ignore_errors=True)
-        checkpoint.rename(checkpoint.with_name(f"{checkpoint.name}.damaged"))
-    return None
-
-
-def damage(checkpoint: Path) -> str:
-    """What is wrong with a checkpoint's files, or ""."""
-    try:
-        manifest = json.loads((checkpoint / "manifest.json").read_text())
-        for name, wanted in manifest.items():
-            if digest(checkpoint / name) != wanted:
-                return f"{name} was altered"
-    except FileNotFoundError as problem:
-        return f"{Path(problem.filename).name} is missing"
-    except (ValueError, AttributeError) as problem:  # a file that cannot be read now is no damaged one
-        return f"manifest.json: {problem}"
-    return ""
-
-
 # ---- what happens around every method's epochs -------------------------------
 class Recorder:
     """Resume, evaluation, log, sample grids, checkpoints, the final summary."""
@@ -1025,10 +847,10 @@ class Recorder:
         self.run, self.args, self.policy, self.optimiser = run, args, policy, optimiser
         (self.reward, self.more), self.failure = scorers, failure
         self.metrics, self.modules = metrics, modules or {}
-        state = load(run.dir) if args.resume and run.is_main else None
+        state = checkpoints.load(run.dir) if args.resume and run.is_main else None
         if run.world > 1:
             torch.distributed.barrier()  # the first process sets damaged checkpoints aside
-        state = load(run.dir) if args.resume and not run.is_main else state
+        state = checkpoints.load(run.dir) if args.resume and not run.is_main else state
         if state:
             done = f"--resume {run.dir}: epoch {state['epoch']} of {args.epochs} is done"
             summary = run.dir / "summary.json"  # else a kill fell before it
@@ -1100,7 +922,7 @@ class Recorder:
                 scores, problem = self._held_out()
             if run.is_main and args.sample_every and done % args.sample_every == 0:
                 images, prompts = draw(self.policy, args, range(16))
-                image_grid(images, [p.text for p in prompts], run.dir / "samples" / f"epoch_{done:04d}.png")
+                pictures.image_grid(images, [p.text for p in prompts], run.dir / "samples" / f"epoch_{done:04d}.png")
         args.made_dir = None  # an epoch is done: from here on the folder is worth keeping
         self._stop_if(problem, done, row)  # the policy's own weights are back: they are what a checkpoint keeps
         if scores:
@@ -1132,7 +954,7 @@ class Recorder:
 
     def _save(self, epoch: int) -> None:
         state = {"theta": self.optimiser.state_dict()} | {k: m.state_dict() for k, m in self.modules.items()}
-        save(self.run, self.policy, epoch, state, self.optimiser.ema)
+        checkpoints.save(self.run.dir, self.policy, epoch, state, self.optimiser.ema)
 
 
 def finish(run: Run, args, policy, logger: Logger) -> None:
@@ -1143,7 +965,7 @@ def finish(run: Run, args, policy, logger: Logger) -> None:
     with policy.reference():
         before, _ = draw(policy, args, range(24))
     pairs = torch.stack([before, after], 1).flatten(0, 1)
-    plot_curve(logger.rows(), run.dir / "curve.png", run.dir.name)
+    pictures.plot_curve(logger.rows(), run.dir / "curve.png", run.dir.name)
     phases = ("time/rollout", "time/reward", "time/update")
     seconds = sum(row.get(key, 0.0) for row in logger.rows() for key in phases)
     images = f"{args.eval_images} held-out images, same noise before and after"
@@ -1154,7 +976,7 @@ def finish(run: Run, args, policy, logger: Logger) -> None:
     if args.eval_images < len(prompts):
         scores = None  # not all of these images were scored
     texts, picture = [p.text for p in prompts], run.dir / "before_after.png"
-    image_grid(pairs, texts, picture, columns=4, pairs=True, scores=scores)
+    pictures.image_grid(pairs, texts, picture, columns=4, pairs=True, scores=scores)
     write_json(run.dir / "summary.json", summary | gains)  # last: where it is, the run is finished
     print(f"curve     {run.dir / 'curve.png'}")
     print(f"pictures  {picture}")

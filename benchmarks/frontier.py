@@ -18,6 +18,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import checkpoints  # noqa: E402
 import common  # noqa: E402
 import harness  # noqa: E402
 from judges import diversity as judge  # noqa: E402
@@ -57,7 +58,7 @@ def main():
         policy.pipe.load_lora_weights(str(checkpoint), adapter_name="measured")
         found[int(checkpoint.name[6:])] = measure(policy, grid, prompts, noise, diversity, adapter=True)
         policy.pipe.unload_lora_weights()
-    harness.write_json(folder / "frontier.json", found)
+    checkpoints.write_json(folder / "frontier.json", found)
 
 
 if __name__ == "__main__":

@@ -231,7 +231,7 @@ def test_killed_run_resumes_from_a_valid_checkpoint(tmp_path):
 
 
 def test_fork_runs_in_another_folder(tmp_path):
-    for name in ("vmpo.py", "common.py", "harness.py", "rewards.py"):
+    for name in ("vmpo.py", *harness.SHARED):
         shutil.copy(ROOT / name, tmp_path)
     (tmp_path / "my_module.py").write_text(
         "def my_reward(images, prompts, metadata):\n    return images[:, 0].mean((1, 2))\n"

@@ -20,6 +20,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import tensor
 
+import checkpoints
 import common
 import eval as evaluation
 import eval_files
@@ -76,7 +77,7 @@ def world(tmp_path_factory, prompts):
                     p.data = scale * torch.randn(p.shape)
             run.dir = root / (name if preset == "tiny" else f"{name}15")
             for epoch in (1, 2):
-                harness.save(run, policy, epoch, {}, None)
+                checkpoints.save(run.dir, policy, epoch, {}, None)
         policy.net = plain  # for check_lora
     return root, policies
 

@@ -11,8 +11,10 @@ from PIL import Image
 from test_common import adam, make_run, numbered
 from torch import nn
 
+import checkpoints
 import common
 import harness
+import pictures
 import vmpo
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -179,7 +181,7 @@ def test_a_failing_reward_in_a_rollout_keeps_the_epochs_before(recorder, monkeyp
     next(epochs)
     with pytest.raises(SystemExit, match="stopped after epoch 1: bad image"), recorder.made.scoring(1):
         raise Failure("bad image")
-    assert harness.load(recorder.run.dir)["epoch"] == 1
+    assert checkpoints.load(recorder.run.dir)["epoch"] == 1
     with pytest.raises(ZeroDivisionError), recorder.made.scoring(1):  # anything else is a bug and shows itself
         raise ZeroDivisionError
 
@@ -226,7 +228,7 @@ def test_logger_of_another_process_writes_nothing(tmp_path):
 def test_image_grid_has_a_tile_per_image(tmp_path, pixels, side):
     images = torch.zeros(5, 3, pixels, pixels)
     images[:, 0], images[4, 2] = 1.0, 1.0  # red; the fifth magenta
-    harness.image_grid(images, [f"a caption of many words {n}" for n in range(5)], tmp_path / "grid.png", columns=3)
+    pictures.image_grid(images, [f"a caption of many words {n}" for n in range(5)], tmp_path / "grid.png", columns=3)
     with Image.open(tmp_path / "grid.png") as sheet:
         assert sheet.format == "PNG" and sheet.size == (3 * (side + 14), 2 * (side + 40))
         centre = side // 2
@@ -239,13 +241,13 @@ def test_image_grid_has_a_tile_per_image(tmp_path, pixels, side):
 def test_image_grid_of_pairs(tmp_path):
     images = torch.zeros(4, 3, 32, 32)
     images[1::2] = 1.0  # before black, after white
-    harness.image_grid(images, ["a", "b"], tmp_path / "pairs.png", columns=2, pairs=True)
+    pictures.image_grid(images, ["a", "b"], tmp_path / "pairs.png", columns=2, pairs=True)
     with Image.open(tmp_path / "pairs.png") as sheet:
         assert sheet.size == (2 * (2 * 100 + 10), 96 + 40)
         assert sheet.getpixel((48, 78)) == (0, 0, 0) and sheet.getpixel((100 + 48, 78)) == (255, 255, 255)
         assert sheet.getpixel((210 + 48, 78)) == (0, 0, 0)
     both = [(0.0, 1.0), (0.5, 0.25)]
-    harness.image_grid(images, ["a", "b"], tmp_path / "pairs.png", columns=2, pairs=True, scores=both)
+    pictures.image_grid(images, ["a", "b"], tmp_path / "pairs.png", columns=2, pairs=True, scores=both)
     with Image.open(tmp_path / "pairs.png") as sheet:
         assert sheet.size == (2 * (2 * 100 + 10), 96 + 54)
         rose, fell = sheet.getpixel((1, 60)), sheet.getpixel((211, 60))  # the frames

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import checkpoints
 import harness
 import vmpo
 
@@ -188,8 +189,8 @@ def call(*flags, **env):
 
 HOLDER = """
 import pathlib, sys, time
-import harness
-harness.lock(pathlib.Path(sys.argv[1]))
+import checkpoints
+checkpoints.lock(pathlib.Path(sys.argv[1]))
 print("held", flush=True)
 time.sleep(99)
 """
@@ -200,7 +201,7 @@ def test_one_process_for_each_run_folder(run):
     command = [sys.executable, "-c", HOLDER, str(run)]
     holder = subprocess.Popen(command, cwd=ROOT, env=ENV, stdout=subprocess.PIPE, text=True)
     assert holder.stdout.readline() == "held\n"
-    harness.LOCKS.clear()
+    checkpoints.LOCKS.clear()
     before = rows(run)
     with pytest.raises(harness.UsageError, match=f"is in use by process {holder.pid} on"):
         resume(run, "--epochs", 4)
