@@ -253,9 +253,8 @@ def main(args):
 
         # ---- 2 reward --------------------------------------------------------
         recorder.phase()
-        with recorder.scoring(epoch), torch.no_grad():
-            images = policy.decode(x0)
-            final, parts = reward(images, batch.texts, batch.metadata, chunk=args.reward_batch_size)
+        with recorder.scoring(epoch):
+            final, parts = harness.score(args, policy, reward, x0, batch.prompts)
 
         # ---- 3 advantage -----------------------------------------------------
         adv, zero = common.group_advantage(final, args.group_size, args.adv_norm)
@@ -328,6 +327,7 @@ def main(args):
         lag.update(decay)
 
         # ---- 5 log, samples, checkpoint, eval --------------------------------
+        del batch, x0  # what follows needs the room
         metrics = stats.result() | {"lag/decay": decay, "grad/norm": sum(norms) / len(norms)}
         recorder.end_epoch(epoch, final, parts, metrics)
     recorder.finish()

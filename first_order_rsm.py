@@ -255,9 +255,8 @@ def main(args):
 
         # ---- 2 reward --------------------------------------------------------
         recorder.phase()
-        with recorder.scoring(epoch), torch.no_grad():
-            images = policy.decode(path.x[:, -1])
-            final, parts = reward(images, batch.texts, batch.metadata, chunk=args.reward_batch_size)
+        with recorder.scoring(epoch):
+            final, parts = harness.score(args, policy, reward, path.x[:, -1], batch.prompts)
 
         # ---- 3 guidance ------------------------------------------------------
         # with theta_old, before the update: the reward's graph never meets theta's
@@ -322,6 +321,7 @@ def main(args):
                 limit = norm_quantile(every.g[mine], len(every.i), args.guidance_quantile)
 
         # ---- 5 log, samples, checkpoint, eval --------------------------------
+        del batch, path, drawn, every  # what follows needs the room
         norm = torch.tensor(norms).mean(0).tolist()
         own = dict(zip(columns.more, [limit, *norm]))
         recorder.end_epoch(epoch, final, parts, stats.result() | own)

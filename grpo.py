@@ -284,9 +284,8 @@ def main(args):
 
         # ---- 2 reward --------------------------------------------------------
         recorder.phase()
-        with recorder.scoring(epoch), torch.no_grad():
-            images = policy.decode(path.x[:, -1])
-            final, parts = reward(images, batch.texts, batch.metadata, chunk=args.reward_batch_size)
+        with recorder.scoring(epoch):
+            final, parts = harness.score(args, policy, reward, path.x[:, -1], batch.prompts)
 
         # ---- 3 advantage -----------------------------------------------------
         returns = final  # (B,), or (B, S) where each of the S trained steps has its own
@@ -353,6 +352,7 @@ def main(args):
             norms += optimiser.step()  # 4c: all-reduce, clip, AdamW on theta
 
         # ---- 5 log, samples, checkpoint, eval --------------------------------
+        del batch, path  # what follows needs the room
         own = {"window/first": first, "grad/norm": sum(norms) / max(1, len(norms))}
         recorder.end_epoch(epoch, final, parts, stats.result() | own)
     recorder.finish()

@@ -678,6 +678,23 @@ def epoch_updates(args, batch: common.Batch, steps: list[int], epoch: int, each:
     return [part for key in keys for part in common.shuffled_rows(*sizes, *key, each=each)]
 
 
+@torch.no_grad()
+def score(args, policy, reward, x0: torch.Tensor, prompts: list[common.Prompt]) -> tuple[torch.Tensor, dict]:
+    """Rewards of the latents x0 (B N, C, h, w), N of each prompt in turn: (B N,), {term: (B N,)}.
+
+    Decoded and scored a piece at a time: all images of an epoch, and their decoder's work, would be gigabytes.
+    """
+    prompts = [p for p in prompts for _ in range(len(x0) // len(prompts))]
+    size = math.lcm(args.decode_batch_size, args.reward_batch_size)  # whole batches: the same bits as in one piece
+    found = []
+    for n in range(0, len(x0), size):
+        images, some = policy.decode(x0[n : n + size]), prompts[n : n + size]
+        texts, extra = [p.text for p in some], [p.metadata for p in some]
+        found.append(reward(images, texts, extra, chunk=args.reward_batch_size))
+    totals, terms = zip(*found)
+    return torch.cat(totals), {name: torch.cat([each[name] for each in terms]) for name in terms[0]}
+
+
 # ---- statistics of an epoch --------------------------------------------------
 @dataclass
 class Metrics:

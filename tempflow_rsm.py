@@ -291,7 +291,7 @@ def main(args):
         with common.progress(None, "rollout") as bar:
             if args.branching == "tree":
                 levels, ends = tree_rollout(policy, sde, ode, batch, widths, args, epoch, bar)
-                leaves = {-1: (ends, None)}
+                leaves, ends = {-1: (ends, None)}, None  # no second name: see the last line
             else:
                 kept = kept_anchors(args, epoch, anchors, sum(widths))
                 levels, leaves = trunk_rollout(policy, sde, ode, batch, widths, args, epoch, bar, kept)
@@ -372,6 +372,7 @@ def main(args):
             norms += optimiser.step()  # 4c: all-reduce, clip, AdamW on theta
 
         # ---- 5 log, samples, checkpoint, eval --------------------------------
+        del batch, levels, leaves, every  # what follows needs the room
         metrics = stats.result() | spread | {"grad/norm": sum(norms) / len(norms)}
         recorder.end_epoch(epoch, final, parts, metrics)
     recorder.finish()
@@ -525,14 +526,9 @@ def back_up(levels, grid, args, reward: torch.Tensor) -> None:
         value = value.mean(1)
 
 
-@torch.no_grad()
 def score(policy, reward, leaves, batch, args):
     """{step: rewards (N L,) of its leaves, image by image}, and the terms of all of them."""
-    found = {}
-    for i, (x0, _) in leaves.items():
-        per = len(x0) // len(batch.prompts)
-        texts, extra = ([v for v in each for _ in range(per)] for each in (batch.texts, batch.metadata))
-        found[i] = reward(policy.decode(x0), texts, extra, chunk=args.reward_batch_size)
+    found = {i: harness.score(args, policy, reward, x0, batch.prompts) for i, (x0, _) in leaves.items()}
     terms = [terms for _, terms in found.values()]
     parts = {name: torch.cat([each[name] for each in terms]) for name in terms[0]}
     return {i: total for i, (total, _) in found.items()}, parts

@@ -242,9 +242,7 @@ def main(args):
         recorder.phase()
         grad_r, ramp = None, reward_ramp(epoch, args.beta_warmup_epochs)
         with recorder.scoring(epoch):
-            with torch.no_grad():
-                images = policy.decode(path.x[:, -1])
-                final, parts = reward(images, batch.texts, batch.metadata, chunk=args.reward_batch_size)
+            final, parts = harness.score(args, policy, reward, path.x[:, -1], batch.prompts)
             reward_t = tweedie_rewards(policy, reward, grid, path, final, batch, steps, args)
             if args.objective in GRADIENT:
                 grad_r = reward_gradients(policy, reward, grid, path, batch.texts, batch.metadata, args)
@@ -324,6 +322,7 @@ def main(args):
             norms.append(optimiser.step())  # 4d: all-reduce, clip, AdamW on theta and on phi
 
         # ---- 5 log, samples, checkpoint, eval --------------------------------
+        del batch, path, grad_r  # what follows needs the room
         norm = torch.tensor(norms).mean(0).tolist()
         recorder.end_epoch(epoch, final, parts, stats.result() | dict(zip(METRICS.more, norm)))
     recorder.finish()
@@ -382,9 +381,8 @@ def tweedie_rewards(policy, reward, grid, path, final, batch, steps, args) -> to
     if args.potential == "r2g" or args.diff_reward == "train" or args.objective in GRADIENT:
         return reward_t
     for i in range(min(steps[-1] + 2, grid.steps)):
-        images = policy.decode(grid.x0_hat(path.x[:, i], path.o_old[:, i], i))
-        each, _ = reward(images, batch.texts, batch.metadata, chunk=args.reward_batch_size)
-        reward_t[:, i] = each
+        x0_hat = grid.x0_hat(path.x[:, i], path.o_old[:, i], i)
+        reward_t[:, i], _ = harness.score(args, policy, reward, x0_hat, batch.prompts)
     return reward_t
 
 
@@ -407,11 +405,11 @@ def fresh_potential(policy, reward, grid, path, final, rows, o, batch, args):
     ref-code: costs one more network pass, two decodes and two rewards per transition.
     """
     n, i = rows.n, rows.i
-    texts, extra = [batch.texts[j] for j in n], [batch.metadata[j] for j in n]
+    prompts = [batch.prompts[j] for j in n]
     x_s, after = path.x[n, i + 1], (i + 1).clamp(max=grid.steps - 1)
     o_s = policy.predict(x_s, grid.time(after, x_s), rows.cond, args.cfg)
     now, then = (
-        reward(policy.decode(x0_hat), texts, extra, chunk=args.reward_batch_size)[0]
+        harness.score(args, policy, reward, x0_hat, prompts)[0]
         for x0_hat in (grid.x0_hat(rows.x_t, o, i), grid.x0_hat(x_s, o_s, after))
     )
     then = torch.where((i + 1 == grid.steps).to(then.device), final[n], then)
