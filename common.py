@@ -741,7 +741,10 @@ class Optimiser:
         for p, saved in zip(self.params, state["lora"], strict=True):
             p.data.copy_(saved)
         for (opt, _, _), saved in zip(self.parts, state["parts"], strict=True):
+            own = [{k: v for k, v in group.items() if k != "params"} for group in opt.param_groups]
             opt.load_state_dict(saved)
+            for group, settings in zip(opt.param_groups, own):
+                group.update(settings)  # lr and the like are the flags', where a resume changes them
         if self.ema:
             self.ema.load_state_dict(state["ema"])
         if self.scaler:

@@ -113,7 +113,7 @@ class Failure(Exception):
 def recorder(tmp_path, monkeypatch):
     """Recorder of a run without a model: theta is one weight, the exported LoRA a text file of its value."""
     args = adam(ema_decay=0.5, ema_every=1, resume="", epochs=3, eval_images=4, eval_every=1, sample_every=0,
-                save_every=9, wandb=None)  # fmt: skip
+                save_every=9, wandb=None, keep=3)  # fmt: skip
     run = make_run(tmp_path)
     run.method = "grpo"
     (tmp_path / "checkpoints").mkdir()
@@ -150,7 +150,7 @@ def test_a_reward_failing_in_an_evaluation_keeps_the_policys_own_weights(recorde
     recorder.args.eval_prompt_list = numbered(4)
     epochs = recorder.made.epochs()
     next(epochs)
-    with pytest.raises(SystemExit, match="grpo.py: stopped after epoch 1: server gone"):
+    with pytest.raises(SystemExit, match="stopped after epoch 1: server gone"):
         one_epoch(recorder, 0)
     own, averaged = recorder.theta.detach(), recorder.opt.ema.shadow[0]
     assert not torch.equal(own, averaged)
