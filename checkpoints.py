@@ -115,10 +115,10 @@ def lock(folder: Path) -> None:
 
 
 # ---- checkpoints -------------------------------------------------------------
-def save(run_dir: Path, policy, epoch: int, state: dict, ema: common.EMA | None, keep=0) -> None:
+def save(run_dir: Path, policy, epoch: int, state: dict, ema: common.EMA | None, keep=0, about=None) -> None:
     """checkpoints/epoch_NNNN with the exported LoRA and state.pt, complete or absent; `last` points to it.
 
-    keep N: of all checkpoints only the newest N and the best one stay; 0: all.
+    keep N: of all checkpoints only the newest N and the best one stay; 0: all.  about: see common.export_lora().
     """
     root = run_dir / "checkpoints"
     final, temporary = root / f"epoch_{epoch:04d}", root / f".writing_{epoch:04d}"
@@ -128,7 +128,7 @@ def save(run_dir: Path, policy, epoch: int, state: dict, ema: common.EMA | None,
     temporary.mkdir(parents=True)
     try:
         with ema.applied() if ema else nullcontext():
-            common.export_lora(policy, temporary)
+            common.export_lora(policy, temporary, about)
         torch.save(state | {"epoch": epoch}, temporary / "state.pt")
     except (OSError, RuntimeError, ValueError) as problem:  # torch and safetensors have their own for a full disk
         raise OSError(f"{final} could not be written ({problem})") from problem

@@ -1104,13 +1104,24 @@ class Recorder:
 
     def _save(self) -> None:
         epoch, state = self.kept
-        checkpoints.save(self.run.dir, self.policy, epoch, state, self.optimiser.ema, self.args.keep)
+        about = header(self.args, self.run, epoch)
+        checkpoints.save(self.run.dir, self.policy, epoch, state, self.optimiser.ema, self.args.keep, about)
 
     def _rescue(self) -> None:
         """The checkpoint of the last complete epoch, whatever has happened since."""
         if self.kept:
             self._load(self.kept[1])
             self._save()
+
+
+def header(args, run: Run, epoch: int) -> dict[str, str]:
+    """What a LoRA file says of itself."""
+    about = {"method": run.method, "base_model": args.model, "preset": args.preset, "reward": args.reward}
+    about |= {"seed": args.seed, "epoch": epoch, "rank": args.lora_rank, "trained_alpha": args.lora_alpha}
+    about["alpha"] = args.lora_rank  # alpha / rank is folded into B: 1 is left
+    about["command"] = (run.dir / "command.txt").read_text().strip()
+    about["commit"] = json.loads((run.dir / "versions.json").read_text())["git"]
+    return {key: str(value) for key, value in about.items()}
 
 
 def finish(run: Run, args, policy, logger: Logger) -> None:
