@@ -105,6 +105,7 @@ def parse_args(argv=None):
     flag = harness.flags(parser, "method")
     flag("--objective", "awm", ["awm", "nft"], "Eq. 9-12, or DiffusionNFT's on the same images")
     flag("--adv-norm", "group", ["group", "global", "none", "rloo", "raw"], "A (paper: group; code: global)")
+    flag("--adv-per-reward", False, "yes/no", "A = sum_k w_k A(r_k), each reward of a sum by itself (GDPO)")
     flag("--adv-clip", 5.0, "float > 0 or inf", "A is clipped to +- this; nft: A_max (codes: 5)")
     flag("--adv-scale", 1.0, "float > 0", "divides A after clipping (paper: 1; code: 5)")
     weights = ["uniform", "elbo", "t", "t2", "huber", "ghuber"]
@@ -255,9 +256,12 @@ def main(args):
         recorder.phase()
         with recorder.scoring(epoch):
             final, parts = harness.score(args, policy, reward, x0, batch.prompts)
+        recorder.leave_out(epoch, batch, final)
 
         # ---- 3 advantage -----------------------------------------------------
         adv, zero = common.group_advantage(final, args.group_size, args.adv_norm)
+        if args.adv_per_reward:
+            adv, zero = common.sum_of_advantages(parts, reward.weights, args.group_size, args.adv_norm)
         clipped = adv.abs() > args.adv_clip
         adv = adv.clamp(-args.adv_clip, args.adv_clip) / args.adv_scale
 

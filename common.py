@@ -12,7 +12,6 @@ Carry away: Policy(pipe) + add_lora() + policy.grid() + rollout() + log_ratio() 
 
 import hashlib
 import math
-import os
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 
@@ -241,22 +240,15 @@ def add_lora(policy: Policy, targets: list[str], rank: int, alpha: float, seed: 
     return params
 
 
-def export_lora(policy: Policy, folder, about: dict[str, str] | None = None) -> None:
-    """pytorch_lora_weights.safetensors that pipe.load_lora_weights(folder) loads; alpha / rank is folded into B.
-
-    about: what stands in the file's header beside the weights.
-    """
+def export_lora(policy: Policy, folder) -> None:
+    """pytorch_lora_weights.safetensors that pipe.load_lora_weights(folder) loads; alpha / rank is folded into B."""
     from peft.utils import get_peft_model_state_dict
-    from safetensors.torch import save_file
 
     config = policy.net.peft_config["default"]
     scale = config.lora_alpha / config.r
     weights = get_peft_model_state_dict(policy.net, adapter_name="default")
     weights = {k: (v * scale if ".lora_B." in k else v).detach().cpu().contiguous() for k, v in weights.items()}
-    weights, file = {f"{policy.backbone.part}.{k}": v for k, v in weights.items()}, "pytorch_lora_weights.safetensors"
-    os.makedirs(folder, exist_ok=True)
-    save_file(weights, f"{folder}/{file}", {"format": "pt"} | (about or {}))
-    os.chmod(f"{folder}/{file}", 0o644)  # safetensors writes for the owner only
+    policy.pipe.save_lora_weights(str(folder), **{f"{policy.backbone.part}_lora_layers": weights})
 
 
 def sinusoid(t: torch.Tensor, width: int = 256) -> torch.Tensor:
@@ -321,6 +313,7 @@ class Batch:
     indices: range
     cond: Cond
     noise: torch.Tensor  # (B, T+1, C, h, w): the start and one draw per step
+    kept: torch.Tensor | None = None  # (B,) bool: the images that updates use; None: all
 
     @property
     def texts(self) -> list[str]:
@@ -636,6 +629,7 @@ def group_advantage(reward, group_size: int, mode: str, eps=1e-4, unbiased=False
     group: (r - mean) / (std + 1e-4) of the prompt's K samples (GRPO); global: the same mean, the std of all rewards of
     the epoch (Flow-GRPO); none: r - mean (Dr.GRPO; VMPO Eq. 20); rloo: r - mean of the other K - 1; raw: r itself.
     eps and unbiased: of the standard deviations (Flow-GRPO: biased + 1e-4; DanceGRPO: unbiased + 1e-8).
+    A group with a nan (no score) has no advantages, and the others' are those that they have without it.
     """
     r = reward.double().unflatten(0, (-1, group_size))  # (P, K) or (P, K, S)
     equal = (r == r[:, :1]).all(1, keepdim=True)
@@ -643,12 +637,25 @@ def group_advantage(reward, group_size: int, mode: str, eps=1e-4, unbiased=False
     if mode == "group":
         adv = centred / (r.std(1, correction=int(unbiased), keepdim=True) + eps)
     elif mode == "global":
-        adv = centred / (gather(reward).double().std(0, correction=int(unbiased)) + eps)
+        every = gather(reward).double().unflatten(0, (-1, group_size))
+        every = every[~every.flatten(1).isnan().any(1)].flatten(0, 1)
+        adv = centred / (every.std(0, correction=int(unbiased)) + eps)
     elif mode == "rloo":
         adv = centred * group_size / (group_size - 1)
     else:
         adv = centred if mode == "none" else r
     return adv.flatten(0, 1).float(), equal.expand_as(r).flatten(0, 1)
+
+
+def sum_of_advantages(parts: dict, weights: dict, *how) -> tuple[torch.Tensor, torch.Tensor]:
+    """sum_k w_k A(r_k) over the terms of a sum, each {name: (B,)}, by group_advantage(r_k, *how).
+
+    No reward counts more because it varies more (MixGRPO's advantage_aggr, 2507.21802; GDPO, 2601.05242, which scales
+    the sum by the batch besides).
+    """
+    found = {name: group_advantage(value, *how) for name, value in parts.items()}
+    adv = sum(weights[name] * adv for name, (adv, _) in found.items())
+    return adv, torch.stack([equal for _, equal in found.values()]).all(0)
 
 
 # ---- optimiser step and averaging --------------------------------------------
@@ -749,10 +756,7 @@ class Optimiser:
         for p, saved in zip(self.params, state["lora"], strict=True):
             p.data.copy_(saved)
         for (opt, _, _), saved in zip(self.parts, state["parts"], strict=True):
-            own = [{k: v for k, v in group.items() if k != "params"} for group in opt.param_groups]
             opt.load_state_dict(saved)
-            for group, settings in zip(opt.param_groups, own):
-                group.update(settings)  # lr and the like are the flags', where a resume changes them
         if self.ema:
             self.ema.load_state_dict(state["ema"])
         if self.scaler:

@@ -498,7 +498,6 @@ def joined(sets: list[Rows]) -> Rows:
 class Replay:
     """SQDF's buffer: the newest `size` trajectories of all processes."""
 
-    replaced = True  # its state: never changed in place
     size: int
     items: dict = field(default_factory=dict)  # on the CPU, the oldest first: x (N, T+1, ...), prompt (N,)
 
@@ -529,10 +528,10 @@ class Replay:
             yield path, i[:, None], common.Batch(prompts, range(len(z)), cond, z[:, None])
 
     def state_dict(self) -> dict:
-        return dict(self.items)
+        return self.items
 
     def load_state_dict(self, state: dict) -> None:
-        self.items = dict(state)
+        self.items = state
 
 
 @torch.no_grad()
@@ -598,6 +597,10 @@ def check(args):
         what = f"--reward {name} has no gradient, and {method} is a first-order method"
         use = "use e.g. hpsv2 or clipscore, or a zeroth-order trainer (grpo.py)"
         need(rewards.is_differentiable(name), f"{what}; {use}")
+    gaps = "--skip-failed does not go with first-order methods, which need the gradient of every reward"
+    need(not args.skip_failed, f"{gaps}; leave it out")
+    whole = f"--reward {args.reward} compares the images of a prompt; a first-order method scores them one by one"
+    need(not rewards.is_grouped(args.reward), f"{whole}; use vmpo.py, awm.py or grpo.py")
     for flag, given, owners in (
         ("--residual-scale", args.residual_scale != "none", "residual-db"),
         ("--flow-net", args.flow_net, "residual-db"),

@@ -133,6 +133,7 @@ def parse_args(argv=None):
     flag("--adv-eps", 1e-4, "float > 0", "added to the std (Flow-GRPO: 1e-4; DDPO: 1e-6; DanceGRPO: 1e-8)")
     flag("--adv-unbiased", False, "yes/no", "std with K - 1 for K (DanceGRPO)")
     flag("--drop-zero-advantage", False, "yes/no", "rows with A = 0 leave policy and KL (Flow-GRPO)")
+    flag("--adv-per-reward", False, "yes/no", "A = sum_k w_k A(r_k), each reward of a sum by itself (GDPO)")
     flag("--adv-clip", 5.0, "float > 0 or inf", "A is clipped to +- this (DDPO, Flow-GRPO: 5)")
     flag("--clip-range", 1e-4, "float > 0 or inf", "xi (DDPO, Flow-GRPO: 1e-4, of mean log-probs)")
     terms = ["none", "mean", "mean-nodt", "velocity", "implicit"]
@@ -227,7 +228,7 @@ class RunningStats:
         return self.last
 
     def load_state_dict(self, state: dict) -> None:
-        self.last = dict(state)
+        self.last = state
 
 
 def mixed_grid(sde: common.Grid, ode: common.Grid, steps: list[int]) -> common.Grid:
@@ -286,6 +287,7 @@ def main(args):
         recorder.phase()
         with recorder.scoring(epoch):
             final, parts = harness.score(args, policy, reward, path.x[:, -1], batch.prompts)
+        recorder.leave_out(epoch, batch, final)
 
         # ---- 3 advantage -----------------------------------------------------
         returns = final  # (B,), or (B, S) where each of the S trained steps has its own
@@ -297,6 +299,8 @@ def main(args):
             adv, zero = running.advantage(final, [p.id for p in batch.prompts])
         else:
             adv, zero = common.group_advantage(returns, args.group_size, *std)
+        if args.adv_per_reward:
+            adv, zero = common.sum_of_advantages(parts, reward.weights, args.group_size, *std)
         adv, zero = (x.view(len(final), -1).expand(-1, len(steps)) for x in (adv, zero))
         clipped = adv.abs() > args.adv_clip
         adv = adv.clamp(-args.adv_clip, args.adv_clip)  # (B, S)
@@ -421,6 +425,11 @@ def check(args):
         harness.check_group(args)
     alone = "--adv-norm running needs one reward an image, --kl implicit has one a step; use mean"
     need(args.adv_norm != "running" or args.kl != "implicit", alone)
+    each = "--adv-per-reward takes the rewards one by one, --kl implicit and --adv-norm running their sum"
+    alone = args.kl == "implicit" or args.adv_norm == "running"
+    need(not args.adv_per_reward or not alone, f"{each}; leave it out")
+    gaps = "--skip-failed does not go with --adv-norm running, which keeps every reward"
+    need(not args.skip_failed or args.adv_norm != "running", f"{gaps}; use group or global")
     both = args.shared_blocks and args.shared_noise
     need(not both, "--shared-blocks and --shared-noise share x_T in two ways; use one of them")
     bare = f"--loss ddpo has no KL term, --kl is {args.kl}"

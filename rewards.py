@@ -8,12 +8,12 @@
 Larger is always better.  A reward that fails stops the run with its name and the sample (RewardError);
 bad input is one sentence (UsageError).  Your own: --reward package.module:function, a function of
 (images, prompts, metadata) that returns (B,), with `function.differentiable = True` if gradients pass.
-A new one: a Card, a loader, an entry in LOADERS; what is more than a CLIP is a file in judges/.
+A new one: a Card here, a loader in a file of judges/, an entry in LOADERS.
 """
 
+import copy
 import difflib
 import functools
-import html
 import importlib.util
 import io
 import math
@@ -25,7 +25,6 @@ from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 
 
 # ---- the contract: terms and their weighted sum -----------------------------
@@ -35,6 +34,14 @@ class RewardError(RuntimeError):
 
 class UsageError(ValueError):
     """Bad input: what was given, what is expected, what to do."""
+
+
+class NoScore(ValueError):
+    """A judge's answers hold no score for some of the samples; scores (n,): nan there."""
+
+    def __init__(self, problem: str, scores: list[float]):
+        super().__init__(problem)
+        self.scores = scores
 
 
 def need(ok, sentence: str, error=UsageError) -> None:
@@ -51,15 +58,26 @@ class Term:
     note: str
     licence: str
     metric: bool = False
+    grouped: bool = False  # sees the images of one prompt, and nothing else, in every call
 
 
 @dataclass
 class Reward:
-    """A weighted sum of terms; `differentiable` only if every term is."""
+    """A weighted sum of terms; `differentiable` only if every term is, `grouped` if one is."""
 
     spec: str
     terms: list[Term]
     differentiable: bool
+    group_size: int = 0  # images of a prompt, one after the other: what a grouped term sees
+    skip_failed: bool = False  # nan in place of a score that a judge did not give
+
+    @property
+    def weights(self) -> dict[str, float]:
+        return {t.name: t.weight for t in self.terms}
+
+    @property
+    def grouped(self) -> bool:
+        return any(t.grouped for t in self.terms)
 
     def __call__(self, images, prompts, metadata=None, grad=False, chunk=None):
         """Images (B, 3, H, W) in [0, 1], B prompts, B metadata or None -> total (B,), {term: (B,)}.
@@ -71,15 +89,25 @@ class Reward:
         if grad and not self.differentiable:
             names = ", ".join(t.name for t in self.terms if not t.differentiable)
             raise ValueError(f"reward {names} passes no gradients; use a black-box method or --reward clipscore")
-        images = images.to(wide(images.dtype)) if grad else eight_bit(images)
-        size = chunk or len(images)
-        chunks = [slice(i, i + size) for i in range(0, len(images), size)]
+        images, parts = images.to(wide(images.dtype)) if grad else eight_bit(images), {}
         # autocast off: a score must not depend on the precision of the training code around it
         with torch.set_grad_enabled(grad), torch.autocast(images.device.type, enabled=False):
-            scores = {t.name: [_score(t, images, prompts, metadata, c) for c in chunks] for t in self.terms}
-            parts = {name: torch.cat(values) for name, values in scores.items()}
+            for t in self.terms:
+                size = self._whole_groups(t, len(images)) if t.grouped else chunk or len(images)
+                chunks = [slice(i, i + size) for i in range(0, len(images), size)]
+                scores = [_score(t, images, prompts, metadata, c, self.skip_failed) for c in chunks]
+                parts[t.name] = torch.cat(scores)
             total = torch.stack([t.weight * parts[t.name] for t in self.terms]).sum(0)
+        scored = torch.stack(list(parts.values())).isfinite().all(0)
+        over = (scored & ~total.detach().isfinite()).nonzero().flatten().tolist()
+        need(not over, f"the sum {self.spec} is too large for float32 (sample {(over or [0])[0]})", RewardError)
         return total, parts
+
+    def _whole_groups(self, term, count: int) -> int:
+        whole = self.group_size > 1 and count % self.group_size == 0
+        given = f"{count} images in groups of {self.group_size}"
+        need(whole, f"reward {term.name!r} compares the images of a prompt; given are {given}", ValueError)
+        return self.group_size
 
 
 def wide(dtype):  # a dot product in half precision loses the digits in which images differ
@@ -112,10 +140,11 @@ def _check_batch(images, prompts, metadata) -> None:
     need(sane, f"{seen}; rewards expect [0, 1], not [-1, 1] and no NaN", RewardError)
 
 
-def _score(term: Term, images, prompts, metadata, chunk: slice) -> torch.Tensor:
-    """(n,) float32 on the images' device: one term on one chunk, checked."""
-    images, prompts, first = images[chunk], list(prompts[chunk]), chunk.start
-    metadata, n = metadata and metadata[chunk], len(prompts)
+def _score(term: Term, images, prompts, metadata, chunk: slice, skip=False) -> torch.Tensor:
+    """(n,) float32 on the images' device: one term on one chunk, checked.  skip: nan where there is no score."""
+    prompts, first = list(prompts[chunk]), chunk.start
+    # copies: what a reward does to them reaches no other reward, nor the caller
+    images, metadata, n = images[chunk].clone(), copy.deepcopy(metadata and list(metadata[chunk])), len(prompts)
 
     def error(problem, i=None):
         where = f"samples {first} to {first + n - 1}, the first" if i is None else f"sample {first + i}"
@@ -123,7 +152,11 @@ def _score(term: Term, images, prompts, metadata, chunk: slice) -> torch.Tensor:
 
     try:
         out = term.fn(images, prompts, metadata)
-    except Exception as e:  # whatever it is, the message needs the reward and the sample
+    except NoScore as e:
+        if not skip:
+            raise error(f"has no score: {e}", [math.isnan(v) for v in e.scores].index(True)) from e
+        out = e.scores
+    except (Exception, SystemExit) as e:  # whatever it is, the message needs the reward and the sample
         raise error(f"raised {type(e).__name__}: {e}") from e
     try:
         out = torch.as_tensor(out)
@@ -131,12 +164,13 @@ def _score(term: Term, images, prompts, metadata, chunk: slice) -> torch.Tensor:
         raise error(f"returned {type(out).__name__}; expected {n} floats") from e
     if tuple(out.shape) != (n,) or not out.is_floating_point():
         raise error(f"returned {out.dtype} of shape {tuple(out.shape)}; expected floats of shape ({n},)")
-    bad = (~out.detach().isfinite()).nonzero().flatten().tolist()
-    if bad:
-        raise error(f"returned {out[bad[0]].item()}; expected finite numbers", bad[0])
     if torch.is_grad_enabled() and images.requires_grad and not out.requires_grad:
         raise error("is declared differentiable but what it returned has no gradient")
-    return out.to(images.device, torch.float32)
+    given, out = out, out.to(images.device, torch.float32)
+    bad = out.detach().isinf() if skip else ~out.detach().isfinite()
+    for i in bad.nonzero().flatten().tolist()[:1]:
+        raise error(f"returned {given[i].item()}; expected finite numbers (of float32)", i)
+    return out
 
 
 # ---- what there is ----------------------------------------------------------
@@ -153,6 +187,7 @@ class Card:
     suits: Callable | str = str  # of a prompt: ValueError if the reward cannot score it
     metadata: bool = False  # suits() is of the prompt's JSON object
     metric: bool = False  # meant for reporting; too coarse to train on
+    grouped: bool = False  # compares the images of a prompt
 
 
 HF, FTFY, PNG, L14 = ("transformers",), ("transformers", "ftfy"), ("PIL",), "openai/clip-vit-large-patch14"
@@ -172,8 +207,8 @@ SERVED = "your server's", False, PNG, "URL"
 CARDS = {
     "shapes": Card("share of the caption's clauses true of the 32x32 image; 0..1", *SHAPES),
     "shapes-strict": Card("1 if all of them are true, else 0; accuracy", *SHAPES, metric=True),
-    "clipscore": Card("cosine, CLIP L/14 (VMPO's); SD1.5 .27", "MIT", True, HF, *CLIP),
-    "clipscore-hessel": Card("2.5 max(cosine, 0), CLIP B/32, 'A photo depicts'", "MIT", True, HF, *HESSEL),
+    "clipscore": Card("cosine, CLIP L/14 (VMPO's); SD1.5 .27", "MIT", True, FTFY, *CLIP),
+    "clipscore-hessel": Card("2.5 max(cosine, 0), CLIP B/32, 'A photo depicts'", "MIT", True, FTFY, *HESSEL),
     "pickscore": Card("exp(logit_scale) cosine; 20..24", "code MIT", True, HF, *PICK),
     "pickscore26": Card("pickscore / 26 (AWM's training scale)", "code MIT", True, HF, *PICK),
     "aesthetic": Card("LAION aesthetic V2, ignores the prompt; 3..8", "Apache-2.0", True, HF, *HEAD),
@@ -203,6 +238,9 @@ PIP = {  # where not the name
 
 
 # ---- command line values ----------------------------------------------------
+LARGEST_WEIGHT = 1e6
+
+
 def parse_spec(spec: str) -> list[tuple[str, float]]:
     """ "a=1,b=0.5", "a" or "package.module:function" -> [(name, weight)], or UsageError."""
     terms: dict[str, float] = {}
@@ -220,6 +258,7 @@ def parse_spec(spec: str) -> list[tuple[str, float]]:
             weight = math.nan
         what = f"weight {number!r} of reward {name!r}"
         need(math.isfinite(weight), f"{what} is not a finite number; write e.g. {name}=0.5")
+        need(abs(weight) <= LARGEST_WEIGHT, f"{what} is beyond +-{LARGEST_WEIGHT:.0e}; scale the others down instead")
         need(name not in terms, f"--reward {spec!r} names {name!r} twice; give it one weight")
         terms[name] = weight
     return list(terms.items())
@@ -311,24 +350,30 @@ def _here(source: Path | str, names) -> str:
 
 
 def _check_missing(name: str, path: str, missing) -> None:
-    """UsageError if [(folder or hub id, names), ...] cannot be fetched; asks the hub once, 4 s."""
-    from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url
+    """UsageError if [(folder or hub id, names), ...] cannot be fetched; asks the hub once for each id, 4 s."""
+    from huggingface_hub import HfApi, constants
 
     form = (CARDS | DIVERSITY)[name].path
     for source, names in missing:
         if isinstance(source, Path):
             what = f"{form} (FOLDER: written by save_pretrained, with tokenizer; FILE: the original checkpoint)"
             raise UsageError(f"--reward-path {name}={path}: no {' or '.join(names)} in {source}; expected {what}")
-    repo, (file, *_) = missing[0]
+
+    def there(repo, names):  # huggingface_hub's own call: with the user's token, and gated ids say so
+        listed = {file.rfilename for file in HfApi().model_info(repo, timeout=4).siblings or ()}
+        need(listed & set(names), f"{repo} has no {' or '.join(names)}")
+
     problem = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else ""
-    problem = problem or within(4, lambda: get_hf_file_metadata(hf_hub_url(repo, file), timeout=4))
+    for repo, names in missing:
+        problem = problem or within(4, functools.partial(there, repo, names))
+    repo = missing[0][0]
     files = ", ".join(f"{names[0]} of {repo}" for repo, names in missing)
     beside = ", with the tokenizer in a folder `tokenizer` beside it" if form == "FILE" else ""
     embedded = "task: --reward shapes --model tiny-sd35" if name in CARDS else f"CLIP: {name}=tiny/clip"
     need(
         not problem,
-        f"{_named(name)} needs weights that are neither given nor in the local hub cache ({files}), and the "
-        f"hub is not reachable ({problem}): fetch them elsewhere (hf download {repo}) and pass --reward-path "
+        f"{_named(name)} needs weights that are neither given nor in the local hub cache ({files}), and not to "
+        f"be had from the hub ({problem}): fetch them elsewhere (hf download {repo}) and pass --reward-path "
         f"{name}={form}{beside}; or take the embedded {embedded}",
     )
 
@@ -393,7 +438,11 @@ def check(spec: str, paths=None, prompts: list[str] | None = None, metadata=None
 
 def check_args(args) -> None:
     """check() of --reward and --eval-rewards; fills in args.paths and args.eval_paths."""
-    paths, specs = parse_paths(args.reward_path), (args.reward, args.eval_rewards)
+    paths, specs = dict(parse_paths(args.reward_path)), (args.reward, args.eval_rewards)
+    again = f"retries={args.reward_retries}"  # a setting of the address, unless that has its own
+    for name, path in paths.items():
+        if path.startswith(("http://", "https://")) and "retries=" not in path:
+            paths[name] = path + ("&" if "#" in path else "#") + again
     trained, scored = ({name for name, _ in parse_spec(spec)} if spec else set() for spec in specs)
     args.paths = {k: p for k, p in paths.items() if k in trained or k not in scored}
     args.eval_paths = {k: p for k, p in paths.items() if k in scored}
@@ -404,41 +453,56 @@ def check_args(args) -> None:
     for spec, paths, prompts in uses:
         if spec:
             check(spec, paths, [p.text for p in prompts], [p.metadata for p in prompts])
+    if is_grouped(args.reward):
+        alone = f"--reward {args.reward} compares the images of a prompt, --group-size is {args.group_size}"
+        need(args.group_size > 1, f"{alone}; use 2 or more")
+        scored = args.eval_rewards or not args.eval_images
+        need(scored, f"--reward {args.reward} says nothing of one held-out image; give --eval-rewards as well")
+    need(
+        not args.eval_rewards or not is_grouped(args.eval_rewards),
+        f"--eval-rewards {args.eval_rewards} compares images of one model, whose mean says nothing; leave it out",
+    )
 
 
 def load_args(args, device) -> tuple:
     """--reward, and --eval-rewards or None; after check_args()."""
-    more = load(args.eval_rewards, device, torch.float32, args.eval_paths) if args.eval_rewards else None
-    return load(args.reward, device, torch.float32, args.paths), more
+    load_one = functools.partial(load, device=device, group_size=args.group_size, skip_failed=args.skip_failed)
+    more = load_one(args.eval_rewards, paths=args.eval_paths) if args.eval_rewards else None
+    return load_one(args.reward, paths=args.paths), more
 
 
-def load(spec: str, device="cpu", dtype=torch.float32, paths=None) -> Reward:
+def load(spec: str, device="cpu", dtype=torch.float32, paths=None, group_size=0, skip_failed=False) -> Reward:
     """The reward of a spec.  A model is loaded once per process, whichever rewards share it."""
     parsed, device = parse_spec(spec), str(torch.device(device))
     paths = _assign_paths(parsed, paths)
-    terms = [
-        _load_term(name, device, dtype, paths[name]) if name in CARDS else _your_own(name) for name, _ in parsed
-    ]
+    terms = [_load_term(name, device, dtype, paths[name]) if name in CARDS else _your_own(name) for name, _ in parsed]
     terms = [replace(term, weight=weight) for term, (_, weight) in zip(terms, parsed)]
-    return Reward(spec, terms, all(t.differentiable for t in terms))
+    return Reward(spec, terms, all(t.differentiable for t in terms), group_size, skip_failed)
 
 
 @functools.cache
 def _load_term(name: str, device="cpu", dtype=torch.float32, path="") -> Term:
     card, places = CARDS[name], find_weights(name, path)
     fn = _find(name, LOADERS[name])(name, device, dtype, places)
-    return Term(name, 1.0, fn, card.differentiable, card.note, card.licence, card.metric)
+    return Term(name, 1.0, fn, card.differentiable, card.note, card.licence, card.metric, card.grouped)
 
 
 def _your_own(name: str) -> Term:
     """Not cached: looked up anew wherever it is asked for."""
     fn = _find(name, name)
-    return Term(name, 1.0, fn, bool(getattr(fn, "differentiable", False)), "your own", "your own")
+    differentiable, grouped = (bool(getattr(fn, key, False)) for key in ("differentiable", "grouped"))
+    return Term(name, 1.0, fn, differentiable, "your own", "your own", grouped=grouped)
 
 
 def is_differentiable(name: str) -> bool:
     """Whether a reward passes gradients, before anything is loaded; your own is imported to see."""
     return CARDS[name].differentiable if name in CARDS else _your_own(name).differentiable
+
+
+def is_grouped(spec: str) -> bool:
+    """Whether a reward of the spec compares the images of a prompt; your own is imported to see."""
+    cards = [CARDS[name] if name in CARDS else _your_own(name) for name, _ in parse_spec(spec)]
+    return any(card.grouped for card in cards)
 
 
 def _find(name: str, place: Callable | str) -> Callable:
@@ -451,207 +515,12 @@ def _find(name: str, place: Callable | str) -> Callable:
         sys.path.insert(0, folder)
     try:
         found = vars(importlib.import_module(module)).get(function)
-    except Exception as e:
+    except (Exception, SystemExit) as e:
         advice = "" if yours else f"; copy this repository's folder {module.partition('.')[0]}"
         where = f"importing {module} from {folder} or sys.path"
         raise UsageError(f"reward {name!r}: {where} failed: {e!r}{advice}") from e
     need(callable(found), f"reward {name!r}: {module} has no function {function!r}; define it there")
     return found
-
-
-# ---- CLIP-type rewards ------------------------------------------------------
-CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-
-
-def resize_for_clip(images, size=224, mode="crop"):
-    """(B, 3, H, W) in [0, 1] -> (B, 3, size, size) in [0, 1], differentiable.
-
-    "crop": shorter side to `size`, centre crop (CLIP, ImageReward); "pad": longer side, zeros around (HPSv2).
-    Antialiased bicubic is PIL's up to rounding; without antialias it is ten times further off (HPSv2's own
-    code had none under torchvision < 0.17, so its numbers of 2023 differ from today's by that alone).
-    """
-    need(mode in ("crop", "pad"), f"mode {mode!r} is unknown; use 'crop' or 'pad'", ValueError)
-    images = images.to(wide(images.dtype)).clamp(0, 1)
-    h, w = images.shape[-2:]
-    side = min(h, w) if mode == "crop" else max(h, w)
-    if side != size:
-        to_int = int if mode == "crop" else round  # as each reference does
-        h, w = (max(1, to_int(v * size / side)) for v in (h, w))
-        images = F.interpolate(images, (h, w), mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)
-    if mode == "crop":
-        top, left = round((h - size) / 2), round((w - size) / 2)
-        return images[..., top : top + size, left : left + size]
-    top, left = (size - h) // 2, (size - w) // 2
-    return F.pad(images, (left, size - w - left, top, size - h - top))
-
-
-def normalise(images, mean, std):
-    mean, std = (torch.tensor(v, dtype=torch.float64).to(images).view(3, 1, 1) for v in (mean, std))
-    return (images - mean) / std
-
-
-def clip_input(images, size=224, mode="crop"):
-    """Images as above -> what CLIP, and all that learned from its preprocessing, takes."""
-    return normalise(resize_for_clip(images, size, mode), CLIP_MEAN, CLIP_STD)
-
-
-def clean_text(prompt: str) -> str:
-    """As HPSv2 does and HF's tokenizer does not: curly quotes and HTML entities change the tokens."""
-    import ftfy
-
-    return html.unescape(html.unescape(ftfy.fix_text(prompt))).strip()
-
-
-def unit(x):
-    """Unit length along the last axis, at least float32."""
-    x = x.to(wide(x.dtype))
-    return x / x.norm(dim=-1, keepdim=True)
-
-
-class Clip:
-    """A frozen CLIPModel and its preprocessing.  Features: unit length, at least float32."""
-
-    def __init__(self, model, tokenizer=None, mode="crop", clean=str):
-        self.model, self.tokenizer, self.mode, self.clean = model, tokenizer, mode, clean
-        self.size, text = model.config.vision_config.image_size, model.config.text_config
-        self.length = text.max_position_embeddings
-        # the text feature is read at this id (2: an old config, for "at the largest"); a wrong one is silent
-        if tokenizer and text.eos_token_id not in (2, tokenizer.eos_token_id):
-            ids = f"{text.eos_token_id} in the model's config, {tokenizer.eos_token_id} in the tokenizer"
-            raise UsageError(f"CLIP's eos_token_id is {ids}; use the tokenizer of its training")
-        # one prompt at a time: a feature depends neither on its batch nor on what came before a resume
-        self.text = functools.lru_cache(8192)(self._encode)
-
-    def images(self, images):
-        """(B, 3, H, W) in [0, 1] -> (B, D)."""
-        x = clip_input(images.to(self.model.device), self.size, self.mode)
-        return unit(self.model.get_image_features(pixel_values=x.to(self.model.dtype)).pooler_output)
-
-    def _encode(self, prompt):
-        with torch.no_grad():
-            options = {"truncation": True, "max_length": self.length, "return_tensors": "pt"}
-            ids = self.tokenizer(self.clean(prompt), **options).input_ids
-            return unit(self.model.get_text_features(input_ids=ids.to(self.model.device)).pooler_output)[0]
-
-    def cosine(self, images, prompts):
-        """(B,) cosine of image i and prompt i."""
-        return (self.images(images) * torch.stack([self.text(p) for p in prompts])).sum(-1)
-
-
-@functools.cache
-def _clip_model(place, device, dtype):
-    from transformers import CLIPModel
-
-    model = CLIPModel.from_pretrained(place, dtype=torch.float32)
-    scale = model.logit_scale.double().exp().item()  # before rounding: bfloat16 makes 98.9 of 100
-    return model.to(device, dtype).eval().requires_grad_(False), scale
-
-
-def load_clip(places: dict, device, dtype) -> tuple[Clip, float]:
-    """The Clip, with a tokenizer if there is one among the places, and exp(logit_scale)."""
-    from transformers import CLIPTokenizer
-
-    model, scale = _clip_model(places["clip"], device, dtype)
-    tokenizer = CLIPTokenizer.from_pretrained(places["tokenizer"]) if "tokenizer" in places else None
-    return Clip(model, tokenizer), scale
-
-
-def build(make: Callable, state: dict, device, dtype):
-    """make() with exactly these weights, frozen."""
-    # a run's random state must not depend on which rewards it loads
-    with torch.random.fork_rng([torch.device(device)] if "cuda" in device else []), torch.device(device):
-        model = make()
-    model.load_state_dict(state, strict=True)
-    return model.to(device, dtype).eval().requires_grad_(False)
-
-
-def clip_reward(name, device, dtype, places):
-    """Cosines of a CLIPModel times a factor."""
-    clip, scale = load_clip(places, device, dtype)
-    factor = {
-        "clipscore": 1,  # Radford et al. 2103.00020, as VMPO reports it
-        "clipscore-hessel": 2.5,  # Hessel et al. 2104.08718
-        "pickscore": scale,  # Kirstain et al. 2305.01569
-        "pickscore26": scale / 26,
-    }[name]
-
-    def fn(images, prompts, metadata):
-        if name == "clipscore-hessel":
-            return factor * clip.cosine(images, [f"A photo depicts {p}" for p in prompts]).clamp(min=0)
-        return factor * clip.cosine(images, prompts)
-
-    return fn
-
-
-def aesthetic(name, device, dtype, places):
-    """LAION's predictor, affine in the image feature (sac+logos+ava1)."""
-    clip, _ = load_clip(places, device, dtype)
-    weight, bias = (v.to(device, wide(dtype)) for v in aesthetic_head(read_checkpoint(places["file"])))
-    return lambda images, prompts, metadata: clip.images(images) @ weight + bias
-
-
-def aesthetic_head(state: dict) -> tuple[torch.Tensor, torch.Tensor]:
-    """Weight (768,) and bias () in float64."""
-    weight, bias = None, None  # five Linears with nothing but Dropout between them are one
-    for i in (0, 2, 4, 6, 7):
-        w, b = state[f"layers.{i}.weight"].double(), state[f"layers.{i}.bias"].double()
-        weight, bias = (w, b) if weight is None else (w @ weight, w @ bias + b)
-    return weight[0], bias[0]
-
-
-# ---- HPSv2: an open_clip ViT-H/14 checkpoint in a CLIPModel -----------------
-# Plain gelu in both towers: CLIPConfig's default quick_gelu loads without complaint and gives another reward.
-HPS_VISION = {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 16,
-              "patch_size": 14, "image_size": 224, "hidden_act": "gelu", "projection_dim": 1024}  # fmt: skip
-HPS_TEXT = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16,
-            "vocab_size": 49408, "max_position_embeddings": 77, "hidden_act": "gelu", "projection_dim": 1024,
-            "eos_token_id": 49407}  # fmt: skip
-OPENCLIP_NAMES = {  # beginnings of names, the longer first
-    "visual.transformer.resblocks.": "vision_model.encoder.layers.",
-    "visual.conv1.": "vision_model.embeddings.patch_embedding.",
-    "visual.class_embedding": "vision_model.embeddings.class_embedding",
-    "visual.positional_embedding": "vision_model.embeddings.position_embedding.weight",
-    "visual.ln_pre.": "vision_model.pre_layrnorm.",  # sic
-    "visual.ln_post.": "vision_model.post_layernorm.",
-    "visual.proj": "visual_projection.weight",
-    "transformer.resblocks.": "text_model.encoder.layers.",
-    "token_embedding.": "text_model.embeddings.token_embedding.",
-    "positional_embedding": "text_model.embeddings.position_embedding.weight",
-    "ln_final.": "text_model.final_layer_norm.",
-    "text_projection": "text_projection.weight",
-    "logit_scale": "logit_scale",
-}
-BLOCK_NAMES = {".attn.": ".self_attn.", ".ln_": ".layer_norm", ".c_fc.": ".fc1.", ".c_proj.": ".fc2."}
-
-
-def openclip_to_clip(state: dict) -> dict:
-    """State dict of open_clip's CLIP -> of CLIPModel; KeyError for a name that has no place in it."""
-    out = {}
-    for key, value in state.items():
-        old = next((old for old in OPENCLIP_NAMES if key.startswith(old)), None)
-        if old is None:
-            raise KeyError(f"checkpoint entry {key!r} belongs to no part of an open_clip CLIP model")
-        name = OPENCLIP_NAMES[old] + key.removeprefix(old)
-        for a, b in BLOCK_NAMES.items():
-            name = name.replace(a, b)
-        if ".in_proj_" in name:  # query, key and value in one matrix
-            for part, chunk in zip("qkv", value.chunk(3)):
-                out[name.replace("in_proj_", f"{part}_proj.")] = chunk
-        else:  # the projections are plain matrices there, Linears here
-            out[name] = value.T if key in ("visual.proj", "text_projection") else value
-    return out
-
-
-def hpsv2(name, device, dtype, places):
-    """Cosine of a fine-tuned ViT-H/14 (Wu et al. 2306.09341), v2.1 and v2.0."""
-    from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
-
-    size = HPS_TEXT["projection_dim"]
-    config = CLIPConfig(vision_config=HPS_VISION, text_config=HPS_TEXT, projection_dim=size)
-    weights = openclip_to_clip(read_checkpoint(places["file"]))
-    model = build(lambda: CLIPModel(config), weights, device, dtype)
-    clip = Clip(model, CLIPTokenizer.from_pretrained(places["tokenizer"]), "pad", clean_text)
-    return lambda images, prompts, metadata: clip.cosine(images, prompts)
 
 
 # ---- rewards without a model ------------------------------------------------
@@ -676,9 +545,9 @@ def jpeg(name, device, dtype, places):
 
 # ---- where they are ---------------------------------------------------------
 LOADERS = {  # (name, device, dtype, places) -> fn of a Term; a string is imported when asked for
-    clip_reward: ("clipscore", "clipscore-hessel", "pickscore", "pickscore26"),
-    aesthetic: ("aesthetic",),
-    hpsv2: ("hpsv2", "hpsv2.0"),
+    "judges.clip:clip_reward": ("clipscore", "clipscore-hessel", "pickscore", "pickscore26"),
+    "judges.clip:aesthetic": ("aesthetic",),
+    "judges.clip:hpsv2": ("hpsv2", "hpsv2.0"),
     "judges.imagereward:imagereward": ("imagereward",),
     "judges.geneval:geneval": ("geneval", "geneval-reward", "geneval-reward-flowgrpo"),
     "judges.ocr:ocr": ("ocr",),

@@ -300,6 +300,7 @@ def main(args):
         recorder.phase()
         with recorder.scoring(epoch):
             returns, parts = score(policy, reward, leaves, batch, args)
+        recorder.leave_out(epoch, batch, *returns.values())
         final = torch.cat(list(returns.values()))
         if args.branching == "tree":
             back_up(levels, sde, args, final)
@@ -315,7 +316,8 @@ def main(args):
             group = images * len(value) // len(batch.prompts)
             each = common.group_advantage(value, group, "group", args.adv_eps, args.adv_unbiased)
             found.append(each)
-            spread[key] = common.gather(value.view(-1, group).std(1, correction=0)).mean().item()
+            std = common.gather(value.view(-1, group).std(1, correction=0))
+            spread[key] = harness.scored(std).mean().item()
         adv, equal = (torch.cat(each) for each in zip(*found))
         counts = rows_that_count(adv, equal, args)
         every = all_rows(levels, adv.clamp(-args.adv_clip, args.adv_clip), equal, counts)
@@ -542,7 +544,7 @@ def rows_that_count(adv: torch.Tensor, equal: torch.Tensor, args) -> torch.Tenso
     """
     if args.mask == "groups":
         return ~equal
-    some = common.all_reduce({"rows": float((adv != 0).sum())})["rows"]
+    some = common.all_reduce({"rows": float((adv.nan_to_num() != 0).sum())})["rows"]
     return adv != 0 if args.mask == "rows" and some else torch.ones_like(equal)
 
 
@@ -623,6 +625,8 @@ def check(args):
     fair = args.fair_clip == "none" or args.reweight in ("none", "tempflow")
     pair = f"--fair-clip {args.fair_clip} does not go with --reweight {args.reweight}"
     need(fair, f"{pair}; use none or tempflow")
+    whole = f"--reward {args.reward} compares the images of a prompt, not the children of a state"
+    need(not rewards.is_grouped(args.reward), f"{whole}; use vmpo.py, awm.py or grpo.py")
     flow = f"--kl heuristic needs a flow model (g_t of its SDE), --model {args.model} is not one"
     need(args.kl != "heuristic" or args.kind == "flow", f"{flow}; use true")
     if args.reweight != "guard":

@@ -247,6 +247,7 @@ def main(args):
             if args.objective in GRADIENT:
                 grad_r = reward_gradients(policy, reward, grid, path, batch.texts, batch.metadata, args)
                 grad_r *= ramp
+        recorder.leave_out(epoch, batch, final, reward_t)
 
         # ---- 3 potential -----------------------------------------------------
         if args.potential == "r2g":
@@ -351,7 +352,8 @@ def monte_carlo_mean(log_w: torch.Tensor, args) -> torch.Tensor:
     if args.mean == "group":
         k = args.group_size
         return log_w.view(-1, k, log_w.shape[1]).mean(1).repeat_interleave(k, 0)
-    return common.gather(log_w).mean(0).expand(len(log_w), -1)
+    every = common.gather(log_w)
+    return every[~every.isnan().any(1)].mean(0).expand(len(log_w), -1)  # nan: left out
 
 
 def variance_loss(log_w, mean, log_p, args) -> tuple[torch.Tensor, torch.Tensor]:
@@ -471,10 +473,14 @@ def check(args):
     need(not fresh or args.potential == "diff", f"--diff-reward train needs --potential diff, not {args.potential}")
     late = f"a u_t that changes during the update does not go with --mean {mean}, which is taken before it"
     need(not sampled or not fresh and args.potential != "learned", late, "use --mean time_prompt")
+    fixed = "--skip-failed needs rewards that are known before the update and have no gradient"
+    need(not args.skip_failed or not gradient and not fresh, fixed, "leave it out")
     flow = f"--kl-denom g2 needs a flow model (g_t of its SDE), --model {args.model} is not one"
     need(args.kl_denom != "g2" or args.kind == "flow", flow, "use sigma2")
     both = f"--objective {objective} differentiates by x_t, through both branches of the guidance"
     need(not gradient or not args.detach_uncond, both, "leave --detach-uncond out")
+    apart = f"--diff-reward train scores images one by one, --reward {args.reward} compares those of a prompt"
+    need(not fresh or not rewards.is_grouped(args.reward), apart, "leave it at rollout")
     for name, _ in rewards.parse_spec(args.reward) if gradient else ():
         what = f"--objective {objective} needs a differentiable reward and {name} is not one"
         need(rewards.is_differentiable(name), what, "use e.g. clipscore, hpsv2 or imagereward")

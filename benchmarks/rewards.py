@@ -24,6 +24,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import rewards  # noqa: E402
+from judges import clip as clip_judge  # noqa: E402
 from judges import geneval  # noqa: E402
 from judges import imagereward as blip  # noqa: E402
 
@@ -42,12 +43,12 @@ class Tokenizer:
 
 
 def clip(size: str, mode="crop"):
-    """A CLIPModel of this published size behind rewards.Clip; gelu only for the open_clip ones (h14)."""
+    """A CLIPModel of this published size behind clip_judge.Clip; gelu only for the open_clip ones (h14)."""
     from transformers import CLIPConfig, CLIPModel
 
     widths = {"b32": (768, 12, 12, 32, 512, 8), "l14": (1024, 24, 16, 14, 768, 12)}
     if size == "h14":
-        vision, text = rewards.HPS_VISION, rewards.HPS_TEXT
+        vision, text = clip_judge.HPS_VISION, clip_judge.HPS_TEXT
     else:
         width, layers, heads, patch, text_width, text_heads = widths[size]
         vision = {"hidden_size": width, "intermediate_size": 4 * width, "num_hidden_layers": layers,
@@ -55,7 +56,7 @@ def clip(size: str, mode="crop"):
         text = {"hidden_size": text_width, "intermediate_size": 4 * text_width, "num_hidden_layers": 12,
                 "num_attention_heads": text_heads, "vocab_size": 49408, "eos_token_id": 49407}  # fmt: skip
     config = CLIPConfig(vision_config=vision, text_config=text, projection_dim=text["hidden_size"])
-    return CLIPModel(config), lambda model: rewards.Clip(model, Tokenizer(), mode)
+    return CLIPModel(config), lambda model: clip_judge.Clip(model, Tokenizer(), mode)
 
 
 def clip_type(size, mode="crop"):
@@ -74,7 +75,7 @@ def imagereward():
     ids, length = torch.randint(1, 30000, (1, blip.REWARD_TOKENS)), blip.BLIP_VISION["image_size"]
 
     def score(x):
-        pixels = rewards.clip_input(x, length)
+        pixels = clip_judge.clip_input(x, length)
         text = ids.to(x.device).expand(len(x), -1)
         return model(pixels, text, torch.ones_like(text))
 

@@ -4,7 +4,7 @@
     fn(images)                       # (n, 3, H, W) of one prompt, n >= 2 -> float
 
 diversity-clip: CLIP L/14 image features; path: a folder of another CLIPModel.  dreamsim: the ensemble of
-package dreamsim (Fu et al. 2306.09344); path: the folder of its weights.
+package dreamsim (Fu et al. 2306.09344); path: the folder of its weights and of its backbone's code.
 """
 
 import functools
@@ -16,7 +16,10 @@ import torch
 import torch.nn.functional as F
 
 import rewards
+from judges.clip import load_clip, unit
 from rewards import DIVERSITY, RewardError, UsageError, need
+
+DINO, BACKBONE = "github.com/facebookresearch/dino", "facebookresearch_dino_main"  # torch.hub's name for it
 
 
 def diversity(features) -> float:
@@ -26,7 +29,7 @@ def diversity(features) -> float:
     """
     n = len(features)
     need(n >= 2, f"the diversity of {n} image is not defined; give two or more of the prompt", ValueError)
-    e = rewards.unit(features.double())
+    e = unit(features.double())
     # differences, no dot products: those of near images would be lost
     distance = torch.cdist(e, e, compute_mode="donot_use_mm_for_euclid_dist")
     return (distance.square().sum() / (2 * n * (n - 1))).item()
@@ -63,19 +66,26 @@ def load_diversity(name: str, device="cpu", path: str | None = None) -> Callable
 def load_embedder(name: str, device: str, path: str) -> Callable:
     """(n, 3, H, W) in [0, 1] -> (n, D)."""
     if name == "diversity-clip":
-        return rewards.load_clip(rewards.find_weights(name, path), device, torch.float32)[0].images
-    folder = path or os.path.join(torch.hub.get_dir(), "dreamsim")  # its default is the current folder
+        return load_clip(rewards.find_weights(name, path), device, torch.float32)[0].images
+    hub = torch.hub.get_dir()
+    folder = path or os.path.join(hub, "dreamsim")  # its default is the current folder
     os.makedirs(folder, exist_ok=True)
+    there = os.path.isdir(os.path.join(folder, BACKBONE))  # offline: torch.hub would fetch it from GitHub
     try:  # the import, too: a torchvision of another torch raises there
         import dreamsim
 
+        if there:
+            torch.hub.set_dir(folder)
         model, _ = dreamsim.dreamsim(pretrained=True, device=device, cache_dir=folder)
     except Exception as e:
         raise UsageError(
             f"diversity 'dreamsim' could not load its weights ({type(e).__name__}: {e}); unpack the zip of "
-            "github.com/ssundaram21/dreamsim/releases in FOLDER and pass --reward-path dreamsim=FOLDER, "
-            "or take diversity-clip"
+            f"github.com/ssundaram21/dreamsim/releases in FOLDER, clone {DINO} to FOLDER/{BACKBONE} and pass "
+            "--reward-path dreamsim=FOLDER, or take diversity-clip"
         ) from e
+    finally:
+        if there:
+            torch.hub.set_dir(hub)
 
     def embed(images):  # squashed to 224 x 224, as by the package's own preprocessing
         x = F.interpolate(images.to(device), (224, 224), mode="bicubic", antialias=True, align_corners=False)

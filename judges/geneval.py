@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from rewards import CARDS, load_clip, need, normalise, resize_for_clip, unit
+from judges.clip import load_clip, normalise, resize_for_clip, unit
+from rewards import CARDS, need
 
 TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
@@ -54,17 +55,20 @@ def check_metadata(metadata: dict) -> None:
     need(there, f"it has no GenEval metadata ('tag' and 'include'); {advice}")
     need(metadata["tag"] in TAGS, f"tag {metadata['tag']!r} is none of {', '.join(TAGS)}")
     for kind in ("include", "exclude"):
-        for i, clause in enumerate(metadata.get(kind, [])):
+        clauses = metadata.get(kind, [])
+        right = isinstance(clauses, list) and all(isinstance(clause, dict) for clause in clauses)
+        need(right, f"{kind} is {clauses!r}; expected a list of JSON objects with class and count")
+        for i, clause in enumerate(clauses):
             name, color, count = clause.get("class"), clause.get("color", COLORS[0]), clause.get("count")
             need(name in NAMES, f"{kind}[{i}] has class {name!r}, which is none of {', '.join(NAMES)}")
             need(color in COLORS, f"{kind}[{i}] has color {color!r}, which is none of {', '.join(COLORS)}")
             whole = type(count) is int and count > 0  # True is an int
             need(whole, f"{kind}[{i}] has count {count!r}; expected an integer above 0")
             if "position" in clause:
-                relation, target = clause["position"]
-                rule = f"one of {', '.join(POSITIONS)} and the index of an earlier clause"
-                right = relation in POSITIONS and target in range(i)
-                need(right, f"{kind}[{i}] has position {clause['position']}; expected {rule}")
+                given, rule = clause["position"], f"one of {', '.join(POSITIONS)} and the index of an earlier clause"
+                right = isinstance(given, list) and len(given) == 2 and given[0] in POSITIONS
+                right = right and type(given[1]) is int and given[1] in range(i)
+                need(right, f"{kind}[{i}] has position {given!r}; expected {rule}")
 
 
 # ---- scores: pure functions of what was found -------------------------------

@@ -6,7 +6,8 @@ call, no attention mask, dropout: all load strictly, and give another score.
 
 from torch import nn
 
-from rewards import build, clip_input, read_checkpoint, wide
+from judges.clip import build, clip_input
+from rewards import read_checkpoint, wide
 
 BLIP_VISION = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16,
                "image_size": 224, "patch_size": 16, "layer_norm_eps": 1e-6}  # fmt: skip

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from test_rewards import pictures, save_clip
 
 import rewards
+from judges import clip as clip_judge
 from judges import geneval
 from judges.geneval import Found
 from rewards import UsageError, check, load
@@ -222,6 +223,15 @@ def test_official_prompts_are_valid_and_the_names_are_theirs():
         ({"include": [clause("cat", position=["left of", 0])]}, "the index of an earlier clause"),
         ({"include": [clause("cat"), clause("dog", position=["near", 0])]}, "position ['near', 0]"),
         ({"exclude": [clause("lion")]}, "exclude[0] has class 'lion'"),
+        ({"include": "cat"}, "include is 'cat'; expected a list"),
+        ({"include": ["cat"]}, "include is ['cat']; expected a list"),
+        ({"exclude": {"class": "cat"}}, "expected a list"),
+        ({"exclude": None}, "exclude is None"),
+        ({"include": [clause("cat"), clause("dog", position=3)]}, "position 3"),
+        ({"include": [clause("cat"), clause("dog", position=["left of"])]}, "position ['left of']"),
+        ({"include": [clause("cat"), clause("dog", position=["left of", "0"])]}, "position ['left of', '0']"),
+        ({"include": [clause("cat"), clause("dog", position=["left of", 0.0])]}, "position ['left of', 0.0]"),
+        ({"include": [clause(["cat"])]}, "class ['cat']"),
     ],
 )
 def test_wrong_metadata(change, words):
@@ -287,12 +297,12 @@ class ColorClip:
 
     def images(self, images):
         self.batches.append(images)
-        return rewards.unit(images.mean((2, 3)) - 0.3)
+        return clip_judge.unit(images.mean((2, 3)) - 0.3)
 
     def text(self, prompt):
         self.texts.add(prompt)
         color = next(c for c in geneval.COLORS if f" {c} " in prompt or f" {c}-colored " in prompt)
-        return rewards.unit(torch.tensor(self.rgb.get(color, (-1, -1, -1)), dtype=torch.float32))
+        return clip_judge.unit(torch.tensor(self.rgb.get(color, (-1, -1, -1)), dtype=torch.float32))
 
 
 def test_colours_come_from_the_mask_in_one_batch():
@@ -339,7 +349,7 @@ def test_slivers_are_cut_before_they_are_enlarged(box):
     crop = geneval.crop(x, Found("tie", 1, box))
     assert max(crop.shape[1:]) <= 8 * min(crop.shape[1:])
     whole = x[:, box[1] : box[3], box[0] : box[2]][None]
-    assert (rewards.resize_for_clip(crop[None], 32) - rewards.resize_for_clip(whole, 32)).abs().max() < 1e-5
+    assert (clip_judge.resize_for_clip(crop[None], 32) - clip_judge.resize_for_clip(whole, 32)).abs().max() < 1e-5
 
 
 # ---- the detector ---------------------------------------------------------------------------------------------------
@@ -459,7 +469,7 @@ def test_exactly_one_colour_is_right_and_it_is_clips(scored, folders):
     total, _ = loaded["geneval"](x[1:2].expand(10, -1, -1, -1), ["a prompt"] * 10, asked)
     assert sorted(total.tolist()) == [0] * 9 + [1]
     folder = Path(folders.split(",")[0])
-    clip = rewards.Clip(CLIPModel.from_pretrained(folder).eval(), CLIPTokenizer.from_pretrained(folder))
+    clip = clip_judge.Clip(CLIPModel.from_pretrained(folder).eval(), CLIPTokenizer.from_pretrained(folder))
     with torch.no_grad():
         image_feature = clip.images(geneval.crop(x[1], thing)[None])[0]
         cosines = []

@@ -1,4 +1,4 @@
-"""rewards.py and judges/imagereward.py against results of open_clip_torch, image-reward and HPSv2 themselves.
+"""judges/clip.py and judges/imagereward.py against results of open_clip_torch, image-reward and HPSv2 themselves.
 
 tests/golden/ holds what they returned for random weights (`make reference`, docs/parity.md); the weights are rebuilt
 here from their names, written as checkpoints of the original formats, and loaded by rewards.py.
@@ -8,7 +8,7 @@ import pytest
 import torch
 from reference import parity, recipe
 
-import rewards
+from judges import clip as clip_judge
 from judges import imagereward
 
 
@@ -39,8 +39,8 @@ def untransposed(state):
     return {k: v.T if "_projection" in k else v for k, v in CLIP_MAP(state).items()}
 
 
-CLIP_MAP, BLIP_MAP = rewards.openclip_to_clip, imagereward.imagereward_to_blip
-HPS_V, HPS_T = rewards.HPS_VISION, rewards.HPS_TEXT
+CLIP_MAP, BLIP_MAP = clip_judge.openclip_to_clip, imagereward.imagereward_to_blip
+HPS_V, HPS_T = clip_judge.HPS_VISION, clip_judge.HPS_TEXT
 BLIP_V, BLIP_T = imagereward.BLIP_VISION, imagereward.BLIP_TEXT
 # each loads without complaint
 MUTATIONS = {
@@ -70,9 +70,9 @@ def test_a_wrong_setting_is_far_outside_the_tolerance(name, tmp_path, monkeypatc
     check, constant, value = MUTATIONS[name]
     if value == "no antialias":
         resize = torch.nn.functional.interpolate
-        monkeypatch.setattr(rewards.F, "interpolate", lambda *a, antialias, **k: resize(*a, **k))
+        monkeypatch.setattr(clip_judge.F, "interpolate", lambda *a, antialias, **k: resize(*a, **k))
     else:
-        monkeypatch.setattr(rewards if constant in vars(rewards) else imagereward, constant, value)
+        monkeypatch.setattr(clip_judge if constant in vars(clip_judge) else imagereward, constant, value)
     assert outside(check, tmp_path, factor=5)
 
 

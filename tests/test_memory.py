@@ -57,6 +57,7 @@ def test_images_are_scored_in_pieces_of_whole_batches(decode, chunk):
         assert metadata == [{"i": i} for i in number.tolist()]
         return images.flatten(1).sum(1) + 100 * number, {"number": number}
 
+    reward.grouped = False
     x0, args = torch.randn(20, 1, 2, 2), SimpleNamespace(decode_batch_size=decode, reward_batch_size=chunk)
     total, parts = harness.score(args, SimpleNamespace(decode=decoded), reward, x0, prompts)
     number = torch.arange(4.0).repeat_interleave(5)

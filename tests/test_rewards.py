@@ -4,6 +4,7 @@ conventions, messages.  No weights."""
 import http.server
 import importlib.util
 import io
+import json
 import math
 import string
 import subprocess
@@ -19,6 +20,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import tensor
 
 import rewards
+from judges import clip as clip_judge
 from judges import imagereward, ocr
 from rewards import Reward, RewardError, Term, UsageError, check, load, parse_paths, parse_spec
 from tiny import shapes
@@ -60,6 +62,22 @@ def infinite(images, prompts, metadata):
     return [math.inf if p == "two blue squares" else 1.0 for p in prompts]
 
 
+def leaves(images, prompts, metadata):
+    sys.exit("no licence")
+
+
+def huge(images, prompts, metadata):
+    return tensor([1e39 if p == "two blue squares" else 1.0 for p in prompts], dtype=torch.float64)
+
+
+def large(images, prompts, metadata):
+    return tensor([3e38] * len(prompts))
+
+
+def also_large(images, prompts, metadata):
+    return tensor([3e38 if p == "two blue squares" else 0.0 for p in prompts])
+
+
 def shape(images, prompts, metadata):
     return torch.zeros(len(prompts), 1)
 
@@ -83,6 +101,8 @@ def text(images, prompts, metadata):
         (shape, None, ["(3, 1)", "(3,)", "a red circle"]),
         (integer, None, ["int64", "floats", "a red circle"]),
         (text, None, ["returned str", "3 floats"]),
+        (leaves, None, ["SystemExit: no licence"]),
+        (huge, None, ["1e+39", "float32", "(sample 1: prompt 'two blue squares')"]),
     ],
 )
 def test_misbehaving_reward_is_named_with_sample_and_prompt(fn, chunk, words):
@@ -90,6 +110,27 @@ def test_misbehaving_reward_is_named_with_sample_and_prompt(fn, chunk, words):
         reward_of(mean, fn, differentiable=False)(pictures(), PROMPTS, chunk=chunk)
     for word in [f"reward '{fn.__name__}'", *words]:
         assert word in str(e.value)
+
+
+def test_a_sum_beyond_float32_is_no_reward():
+    with pytest.raises(RewardError, match="too large for float32 .sample 1"):
+        reward_of(large, also_large, differentiable=False)(pictures(), PROMPTS)
+    assert reward_of(large, also_large, weights=[1, -1])(pictures(), PROMPTS)[0][1] == 0
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_what_a_reward_does_to_its_inputs_stays_with_it(grad):
+    def vandal(images, prompts, metadata):
+        score = images.mean((1, 2, 3))
+        images.zero_() if not grad else images.mul_(0)
+        prompts[0] = metadata[0]["prompt"] = "another"
+        return score
+
+    x, extra = (pictures() * 255).round() / 255, [{"prompt": p} for p in PROMPTS]
+    before, prompts = x.clone(), list(PROMPTS)
+    total, parts = reward_of(vandal, mean)(x.requires_grad_(grad), prompts, extra, grad=grad)
+    assert torch.equal(parts["vandal"], parts["mean"]) and parts["mean"].min() > 0
+    assert torch.equal(x, before) and prompts == PROMPTS and extra[0]["prompt"] == PROMPTS[0]
 
 
 @pytest.mark.parametrize("convert", [list, np.asarray, lambda v: v.double()])
@@ -206,7 +247,7 @@ def pil_reference(pixels, size, mode):
 def test_resize_is_pils_bicubic(h, w, mode):
     pixels = photo(h, w)
     x = torch.from_numpy(pixels).permute(2, 0, 1)[None] / 255
-    out = rewards.resize_for_clip(x, 224, mode)
+    out = clip_judge.resize_for_clip(x, 224, mode)
     assert out.shape == (1, 3, 224, 224) and out.min() >= 0 and out.max() <= 1
     error = np.abs(out[0].permute(1, 2, 0).numpy() * 255 - pil_reference(pixels, 224, mode))
     assert error.mean() < 0.5 and error.max() < 3
@@ -215,11 +256,21 @@ def test_resize_is_pils_bicubic(h, w, mode):
         assert np.abs(plain - pil_reference(pixels, 224, mode)).mean() > 1.5
 
 
+def test_hpsv2s_resize_keeps_bicubics_overshoot_and_clips_does_not():
+    """Its reference resizes a float tensor and does not clamp it; PIL, hence CLIP's, does."""
+    x = torch.zeros(1, 3, 448, 448)
+    x[..., 200:] = 1
+    plain = F.interpolate(x, (224, 224), mode="bicubic", antialias=True, align_corners=False)
+    assert plain.max() > 1.01 and plain.min() < -0.01
+    assert torch.equal(clip_judge.resize_for_clip(x, 224, "pad"), plain)
+    assert torch.equal(clip_judge.resize_for_clip(x, 224, "crop"), plain.clamp(0, 1))
+
+
 def test_resize_at_the_models_size_is_exact_and_unknown_modes_are_refused():
     x = pictures(1, 32, 32)
-    assert torch.equal(rewards.resize_for_clip(x, 32), x)
+    assert torch.equal(clip_judge.resize_for_clip(x, 32), x)
     with pytest.raises(ValueError, match="'squash'"):
-        rewards.resize_for_clip(x, 32, "squash")
+        clip_judge.resize_for_clip(x, 32, "squash")
 
 
 # ---- tiny checkpoints -----------------------------------------------------------------------------------------------
@@ -340,8 +391,8 @@ def hps(tmp_path_factory, monkeypatch):
     folder = tmp_path_factory.mktemp("hps")
     tokenizer = clip_tokenizer()
     ends = {"vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id}
-    monkeypatch.setattr(rewards, "HPS_VISION", rewards.HPS_VISION | HPS_V)
-    monkeypatch.setattr(rewards, "HPS_TEXT", rewards.HPS_TEXT | HPS_T | ends)
+    monkeypatch.setattr(clip_judge, "HPS_VISION", clip_judge.HPS_VISION | HPS_V)
+    monkeypatch.setattr(clip_judge, "HPS_TEXT", clip_judge.HPS_TEXT | HPS_T | ends)
     state = openclip_state(len(tokenizer))
     torch.save({"state_dict": state, "epoch": 3}, folder / "HPS.pt")
     tokenizer.save_pretrained(folder / "tokenizer")
@@ -380,7 +431,7 @@ def test_hpsv2_cleans_text_truncates_and_pads_non_square_images(hps):
 def test_openclip_key_map_is_strict(hps):
     path, state, _ = hps
     with pytest.raises(KeyError, match="visual.attnpool"):
-        rewards.openclip_to_clip(state | {"visual.attnpool.weight": torch.zeros(1)})
+        clip_judge.openclip_to_clip(state | {"visual.attnpool.weight": torch.zeros(1)})
     del state["visual.transformer.resblocks.1.mlp.c_fc.bias"]
     torch.save({"state_dict": state}, path.with_name("less.pt"))
     with pytest.raises(RuntimeError, match="vision_model.encoder.layers.1.mlp.fc1.bias"):
@@ -569,15 +620,15 @@ def test_published_sizes():
 
     with torch.device("meta"):
         vit_h = CLIPModel(
-            CLIPConfig(vision_config=rewards.HPS_VISION, text_config=rewards.HPS_TEXT, projection_dim=1024)
+            CLIPConfig(vision_config=clip_judge.HPS_VISION, text_config=clip_judge.HPS_TEXT, projection_dim=1024)
         )
         blip = imagereward.ImageReward(imagereward.BLIP_VISION, imagereward.BLIP_TEXT)
     millions = [sum(p.numel() for p in m.parameters()) / 1e6 for m in (vit_h, blip)]
     assert millions == pytest.approx([986.1, 446.2], abs=0.05)
     assert imagereward.BLIP_TEXT["num_attention_heads"] == 12 and imagereward.BLIP_VISION["num_attention_heads"] == 16
     assert imagereward.BLIP_VISION["layer_norm_eps"] == 1e-6 and imagereward.BLIP_TEXT["layer_norm_eps"] == 1e-12
-    assert rewards.HPS_VISION["hidden_act"] == rewards.HPS_TEXT["hidden_act"] == "gelu"
-    assert rewards.HPS_VISION["num_attention_heads"] == rewards.HPS_TEXT["num_attention_heads"] == 16
+    assert clip_judge.HPS_VISION["hidden_act"] == clip_judge.HPS_TEXT["hidden_act"] == "gelu"
+    assert clip_judge.HPS_VISION["num_attention_heads"] == clip_judge.HPS_TEXT["num_attention_heads"] == 16
 
 
 # ---- gradients ------------------------------------------------------------------------------------------------------
@@ -632,10 +683,12 @@ def test_conventions_with_known_embeddings(monkeypatch, clip_folder):
 
     def text(self, prompt):
         seen.append(prompt)
-        return rewards.unit(tensor(known[prompt.removeprefix("A photo depicts ")]))
+        return clip_judge.unit(tensor(known[prompt.removeprefix("A photo depicts ")]))
 
-    monkeypatch.setattr(rewards.Clip, "_encode", text)
-    monkeypatch.setattr(rewards.Clip, "images", lambda self, images: rewards.unit(tensor([[3.0, 4.0]] * len(images))))
+    monkeypatch.setattr(clip_judge.Clip, "_encode", text)
+    monkeypatch.setattr(
+        clip_judge.Clip, "images", lambda self, images: clip_judge.unit(tensor([[3.0, 4.0]] * len(images)))
+    )
     rewards._load_term.cache_clear()
     score = {n: load(n, paths=clip_paths(n, clip_folder))(pictures(), list(known))[0] for n in CLIP_TYPE[:4]}
     rewards._load_term.cache_clear()
@@ -644,6 +697,18 @@ def test_conventions_with_known_embeddings(monkeypatch, clip_folder):
     assert torch.allclose(score["pickscore"], tensor([60.0, 80.0, -60.0]))
     assert torch.allclose(score["pickscore26"], tensor([60.0, 80.0, -60.0]) / 26)
     assert seen[3] == "A photo depicts x" and seen[:3] == list(known)
+
+
+def test_clipscores_text_is_cleaned_as_openais_and_pickscores_is_not(clip_folder, monkeypatch):
+    """clip.tokenize() mends quotes and entities before it counts tokens; PickScore's processor is transformers'."""
+    monkeypatch.setattr(rewards, "check_packages", lambda name: None)
+    curly, plain = "a \u201cred\u201d &amp;amp; blue sign", 'a "red" & blue sign'
+    x = pictures(1).expand(2, -1, -1, -1)
+    for name, same in (("clipscore", True), ("clipscore-hessel", True), ("pickscore", False)):
+        both = (
+            load(name, dtype=torch.float64, paths=clip_paths(name, clip_folder)).terms[0].fn(x, [curly, plain], None)
+        )
+        assert (both[0] == both[1]).item() == same, name
 
 
 def test_clipscore_is_transformers_cosine(clip_folder):
@@ -662,13 +727,13 @@ def test_clipscore_is_transformers_cosine(clip_folder):
 
 def test_aesthetic_five_layers_are_one_affine_map(clip_folder):
     state = torch.load(clip_folder / "head.pth", weights_only=True)
-    weight, bias = rewards.aesthetic_head(state)
+    weight, bias = clip_judge.aesthetic_head(state)
     x = torch.randn(5, 8, dtype=torch.float64)
     y = x
     for i in (0, 2, 4, 6, 7):
         y = linear({k: v.double() for k, v in state.items()}, f"layers.{i}", y)
     assert (y[:, 0] - (x @ weight + bias)).abs().max() < 1e-12
-    clip = rewards.Clip(rewards._clip_model(clip_folder, "cpu", torch.float32)[0])
+    clip = clip_judge.Clip(clip_judge._clip_model(clip_folder, "cpu", torch.float32)[0])
     total, _ = load("aesthetic", paths=clip_paths("aesthetic", clip_folder))(pictures(), PROMPTS)
     rounded = (pictures() * 255).round() / 255
     assert torch.allclose(total, (clip.images(rounded).double() @ weight + bias).float(), atol=1e-5)
@@ -679,7 +744,7 @@ def test_half_precision_models_give_float32_scores_from_unrounded_dot_products(c
     out = coarse.terms[0].fn(pictures(), PROMPTS, None)
     assert out.dtype == torch.float32 and not torch.equal(out, out.bfloat16().float())
     assert (fine(pictures(), PROMPTS)[0] - out).abs().max() < 0.05
-    scale = rewards._clip_model(clip_folder, "cpu", torch.bfloat16)[1]
+    scale = clip_judge._clip_model(clip_folder, "cpu", torch.bfloat16)[1]
     assert scale == pytest.approx(100, rel=1e-6)  # bfloat16 would make it 98.9
 
 
@@ -700,7 +765,7 @@ def test_models_are_loaded_once_and_shared(clip_folder, monkeypatch):
     loads = []
     original = CLIPModel.from_pretrained
     monkeypatch.setattr(CLIPModel, "from_pretrained", lambda *a, **k: loads.append("CLIPModel") or original(*a, **k))
-    rewards._load_term.cache_clear(), rewards._clip_model.cache_clear()
+    rewards._load_term.cache_clear(), clip_judge._clip_model.cache_clear()
     paths = {"pickscore": str(clip_folder), "pickscore26": str(clip_folder)}
     first = load("pickscore=1,pickscore26=1", paths=paths)
     second = load("pickscore=3", paths={"pickscore": str(clip_folder)})
@@ -835,6 +900,8 @@ def test_parse_spec():
         ("shapes=one", "'one'"),
         ("shapes=", "not a finite number"),
         ("shapes=nan", "'nan'"),
+        ("shapes=1e7", "beyond"),
+        ("shapes=-1e300", "beyond"),
         ("shapes=1,shapes=2", "twice"),
         ("a b:f", "package.module:function"),
         ("a:", "package.module:function"),
@@ -925,9 +992,15 @@ def test_check_args_gives_every_reward_its_prompts_and_paths(clip_folder, monkey
     train = [SimpleNamespace(text="a", metadata={}), SimpleNamespace(text="b", metadata={"tag": 1})]
     held_out = [SimpleNamespace(text="c", metadata={"tag": 2})]
     args = SimpleNamespace(reward="clipscore", eval_rewards="pickscore=1,jpeg=1", eval_images=1, prompt_list=train,
-                           eval_prompt_list=held_out, reward_path=["clipscore=x", "pickscore=y"])  # fmt: skip
+                           eval_prompt_list=held_out, reward_path=["clipscore=x", "pickscore=y", "deqa=http://h", "http=http://h#tries=2",
+                                                          "unifiedreward=http://h#retries=0"],
+                           reward_retries=3, group_size=1)  # fmt: skip
     rewards.check_args(args)
+    assert {k: args.paths.pop(k) for k in ("deqa", "http", "unifiedreward")} == {
+        "deqa": "http://h#retries=3", "http": "http://h#tries=2&retries=3", "unifiedreward": "http://h#retries=0"
+    }  # fmt: skip
     assert args.paths == {"clipscore": "x"} and args.eval_paths == {"pickscore": "y"}
+    args.reward_path = args.reward_path[:2]
     assert seen == [
         ("clipscore", args.paths, ["a", "b"], [{}, {"tag": 1}]),
         ("clipscore", args.paths, ["c"], [{"tag": 2}]),
@@ -958,32 +1031,40 @@ def copy_without(folder, tmp_path, name):
 def test_the_hub_is_asked_once_and_not_when_offline(empty_cache, monkeypatch):
     from huggingface_hub import constants
 
-    asked, status = [], [200]
+    asked, status, files = [], [200], ["HPS_v2.1_compressed.pt", "vocab.json", "pytorch_model.bin", "config.json"]
 
     class Hub(http.server.BaseHTTPRequestHandler):
-        def do_HEAD(self):
-            asked.append(self.path)
+        def do_GET(self):
+            if self.path.startswith("/api/models/"):
+                asked.append((self.path, self.headers["Authorization"]))
+            content = json.dumps({"id": "x", "siblings": [{"rfilename": name} for name in files]}).encode()
             self.send_response(status[0])
+            self.send_header("Content-Length", str(len(content)))
             self.end_headers()
+            self.wfile.write(content)
 
         def log_message(self, *args):
             pass
 
     server = http.server.HTTPServer(("127.0.0.1", 0), Hub)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    here = f"http://127.0.0.1:{server.server_port}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", here)
+    monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
     monkeypatch.setenv("no_proxy", "127.0.0.1")
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
     message("hpsv2")
     assert asked == []
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     check("hpsv2")
-    assert asked == ["/xswu/HPSv2/resolve/main/HPS_v2.1_compressed.pt"]
-    status[0] = 404
-    assert "404" in message("hpsv2") and len(asked) == 2
+    ids = ["/api/models/xswu/HPSv2", "/api/models/openai/clip-vit-large-patch14"]
+    assert asked == [(place, "Bearer hf_secret") for place in ids]
+    check("clipscore")  # its weights under the second of three names, its tokenizer under the second of three
+    files.remove("pytorch_model.bin")
+    assert "openai/clip-vit-large-patch14 has no model.safetensors or" in message("clipscore")
+    status[0], asked[:] = 404, []
+    assert "404" in message("hpsv2") and len(asked) == 1
     server.shutdown()
     server.server_close()
-    assert "not reachable" in message("hpsv2")
+    assert "not to be had from the hub (" in message("hpsv2")
 
 
 def test_missing_package_gives_the_pip_line(monkeypatch):
@@ -1013,7 +1094,7 @@ def test_check_and_import_are_light(clip_folder):
         f"rewards.check('clipscore=1,pickscore=1,jpeg=1', ['clipscore={clip_folder}', 'pickscore={clip_folder}'])\n"
         "print(time.process_time() - start)\n"
         "assert 'transformers' not in sys.modules\n"
-        "assert not [name for name in sys.modules if name.startswith('judges')]\n"
+        "assert {name for name in sys.modules if name.startswith('judges')} == {'judges', 'judges.clip'}\n"
         "rewards.check('shapes', None, ['a red circle'] * 1000)\n"
         "print(time.process_time() - start)\n"
     )

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from test_rewards import pictures, save_clip
 
 import rewards
+from judges import clip as clip_judge
 from judges import diversity
 from judges.diversity import check_diversity, load_diversity
 from rewards import UsageError
@@ -54,7 +55,7 @@ def test_diversity_of_clip_features_on_eight_bit_pixels(folder):
     model = CLIPModel.from_pretrained(folder, dtype=torch.float32).eval()
     rounded = (x * 255).round() / 255
     with torch.no_grad():
-        pixels = rewards.clip_input(rounded, 32)
+        pixels = clip_judge.clip_input(rounded, 32)
         e = F.normalize(model.get_image_features(pixel_values=pixels).pooler_output.double(), dim=-1)
     found = fn(x.requires_grad_())
     assert type(found) is float and found == pytest.approx(1 - ((e @ e.T).sum().item() - 20) / 380, abs=1e-6)
@@ -65,12 +66,12 @@ def test_diversity_of_clip_features_on_eight_bit_pixels(folder):
 
 
 def test_it_shares_clipscores_model(folder):
-    rewards._clip_model.cache_clear()
+    clip_judge._clip_model.cache_clear()
     rewards._load_term.cache_clear(), diversity.load_embedder.cache_clear()
     rewards.load("clipscore", paths=folder)
     load_diversity("diversity-clip", "cpu", folder)
     load_diversity("diversity-clip", "cpu", folder)
-    assert rewards._clip_model.cache_info().misses == 1 and diversity.load_embedder.cache_info().misses == 1
+    assert clip_judge._clip_model.cache_info().misses == 1 and diversity.load_embedder.cache_info().misses == 1
 
 
 def test_the_embedded_clip_serves():
@@ -133,12 +134,24 @@ def test_dreamsim_keeps_its_downloads_with_torchs(dreamsim, tmp_path, monkeypatc
     assert dreamsim.asked == [(True, "cpu", str(tmp_path / "hub" / "dreamsim"))] and (tmp_path / "hub").is_dir()
 
 
+def test_dreamsim_takes_its_backbones_code_from_the_folder_too(dreamsim, tmp_path, monkeypatch):
+    """Offline: dreamsim asks torch.hub for facebookresearch/dino, which looks in torch.hub's folder first."""
+    before, asked = torch.hub.get_dir(), []
+    (tmp_path / "facebookresearch_dino_main").mkdir()
+    loaded = dreamsim.dreamsim
+    dreamsim.dreamsim = lambda **options: asked.append(torch.hub.get_dir()) or loaded(**options)
+    load_diversity("dreamsim", "cpu", str(tmp_path))
+    assert asked == [str(tmp_path)] and torch.hub.get_dir() == before
+
+
 def test_dreamsim_that_cannot_load_says_what_to_do(dreamsim, tmp_path):
     def offline(**options):
         raise OSError("Name or service not known")
 
     dreamsim.dreamsim = offline
-    with pytest.raises(UsageError, match="Name or service not known.*dreamsim=FOLDER, or take diversity-clip"):
+    with pytest.raises(
+        UsageError, match="Name or service not known.*facebookresearch/dino.*dreamsim=FOLDER, or take diversity-clip"
+    ):
         load_diversity("dreamsim", "cpu", str(tmp_path))
     with pytest.raises(UsageError, match="is no folder"):
         check_diversity("dreamsim", str(tmp_path / "absent"))

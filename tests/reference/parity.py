@@ -1,4 +1,4 @@
-"""rewards.py and judges/imagereward.py against the reference implementations: differences and tolerances.
+"""judges/clip.py and judges/imagereward.py against the reference implementations: differences and tolerances.
 
 The reference's side is in tests/golden/ (oracle.py made it); here the same random weights are written as a checkpoint
 of the original format and loaded by rewards.py.  test_golden.py asserts every line; `make reference` prints them.
@@ -18,6 +18,7 @@ from reference import recipe
 from safetensors.torch import load_file
 
 import rewards
+from judges import clip as clip_judge
 from judges import imagereward as blip
 
 GOLDEN = Path(__file__).resolve().parent.parent / "golden"
@@ -73,7 +74,7 @@ def bert_tokenizer(vocabulary):
 
 
 def clip_ids(tokenizer, prompt):
-    """Tokenised as rewards.Clip does it."""
+    """Tokenised as judges.clip.Clip does it."""
     return tokenizer(prompt, truncation=True, max_length=77).input_ids
 
 
@@ -92,7 +93,7 @@ def save_tokenizers(folder):
 def token_lines(clip, bert, prompts, clip_expected, bert_expected):
     """How many prompts become other ids; an id list of the reference ends at its last non-padding entry."""
     for name, ours, theirs in (
-        ("CLIP ids, cleaned", [clip_ids(clip, rewards.clean_text(p)) for p in prompts], clip_expected),
+        ("CLIP ids, cleaned", [clip_ids(clip, clip_judge.clean_text(p)) for p in prompts], clip_expected),
         ("BERT ids, 35 tokens", [bert_ids(bert, p) for p in prompts], bert_expected),
     ):
         wrong = sum(a != b for a, b in zip(ours, theirs))
@@ -107,7 +108,7 @@ def tokens(folder=None):
 
 
 # ---- reduced models -------------------------------------------------------------------------------------------------
-def reduced(name, dtype, path, module=rewards, **constants):
+def reduced(name, dtype, path, module=clip_judge, **constants):
     """The reward of a checkpoint with the recipe's sizes: all else (heads, gelu, eps, context) stays its module's."""
     with mock.patch.multiple(module, **{k: getattr(module, k) | v for k, v in constants.items()}):
         return rewards.REWARDS[name]("cpu", dtype, str(path)).fn
@@ -146,7 +147,7 @@ def clip_folder(name, folder, hidden_act, text_heads):
     text |= {"num_attention_heads": text_heads, "vocab_size": 49408, "hidden_act": hidden_act, **ends}
     size = recipe.CLIPS[name]["embed_dim"]
     model = CLIPModel(CLIPConfig(vision_config=vision, text_config=text, projection_dim=size))
-    model.load_state_dict(rewards.openclip_to_clip(recipe.weights(read("shapes.json")[name])), strict=True)
+    model.load_state_dict(clip_judge.openclip_to_clip(recipe.weights(read("shapes.json")[name])), strict=True)
     model.save_pretrained(folder / name)
     golden_text = read("text.json")["clip"]
     clip_tokenizer(golden_text["vocabulary"], golden_text["merges"]).save_pretrained(folder / name)
@@ -193,14 +194,14 @@ def preprocessing(folder=None):
     crops, pads = [], []
     for i, pixels in enumerate(recipe.resized()):
         x = recipe.tensor(pixels[None]).float()
-        crops.append((255 * rewards.resize_for_clip(x, small)[0] - expected[f"pixels.crop.{i}"].float()).abs())
+        crops.append((255 * clip_judge.resize_for_clip(x, small)[0] - expected[f"pixels.crop.{i}"].float()).abs())
         if f"pixels.pad.{i}" in expected:
-            theirs = expected[f"pixels.pad.{i}"].clamp(0, 1)  # HPSv2 leaves the overshoot in
-            pads.append((255 * (rewards.resize_for_clip(x, small, "pad")[0] - theirs)).abs())
+            theirs = expected[f"pixels.pad.{i}"]
+            pads.append((255 * (clip_judge.resize_for_clip(x, small, "pad")[0] - theirs)).abs())
     crops, pads = torch.cat([c.flatten() for c in crops]), torch.cat([p.flatten() for p in pads])
     yield Line("pixels", "PIL resize and crop, mean, in 1/255", crops.mean().item(), 0.5)
     yield Line("pixels", "PIL resize and crop, max, in 1/255", crops.max().item(), 3)
-    yield Line("pixels", "HPSv2's resize and padding, clamped, max, in 1/255", pads.max().item(), 1e-3)
+    yield Line("pixels", "HPSv2's resize and padding, max, in 1/255", pads.max().item(), 1e-3)
 
 
 CHECKS = {f.__name__: f for f in (hpsv2, clip_type, imagereward, preprocessing, tokens)}
