@@ -9,6 +9,8 @@ import json
 import os
 import platform
 import shutil
+import signal
+import time
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
@@ -39,6 +41,56 @@ def write_json(path: Path, value) -> None:
         temporary.write_text(json.dumps(value, indent=1) + "\n")
 
 
+# ---- signals -----------------------------------------------------------------
+SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name)]
+HELD = {"depth": 0, "number": 0}  # of unbroken(): how deep, and the signal that waits
+
+
+class Stopped(KeyboardInterrupt):
+    """A signal asks the program to end; `number` is which."""
+
+    def __init__(self, number: int):
+        super().__init__(signal.Signals(number).name)
+        self.number = number
+
+
+@contextmanager
+def signals_stop():
+    """Inside, SIGTERM, SIGINT and SIGHUP raise Stopped where the program is; a second one ends it at once."""
+    first = []
+
+    def stop(number, frame):
+        if not first:
+            first.append(time.monotonic())
+            if HELD["depth"] == 0:
+                raise Stopped(number)
+            HELD["number"] = number
+        elif time.monotonic() - first[0] > 1:  # a terminal and torchrun may both pass on one Ctrl-C
+            os._exit(128 + number)
+
+    heeded = [each for each in SIGNALS if signal.getsignal(each) != signal.SIG_IGN]  # nohup's SIGHUP stays ignored
+    before = {each: signal.signal(each, stop) for each in heeded}
+    try:
+        yield
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
+
+
+@contextmanager
+def unbroken():
+    """What is inside is finished before a signal stops the program."""
+    HELD["depth"] += 1
+    try:
+        yield
+    finally:
+        HELD["depth"] -= 1
+        number = 0 if HELD["depth"] else HELD["number"]
+        if number:
+            HELD["number"] = 0
+            raise Stopped(number)
+
+
 # ---- one process per run folder ----------------------------------------------
 LOCKS = {}  # of this process: an open file each, which the system unlocks when the process ends, however it ends
 
@@ -63,8 +115,11 @@ def lock(folder: Path) -> None:
 
 
 # ---- checkpoints -------------------------------------------------------------
-def save(run_dir: Path, policy, epoch: int, state: dict, ema: common.EMA | None) -> None:
-    """checkpoints/epoch_NNNN with the exported LoRA and state.pt, complete or absent; `last` points to it."""
+def save(run_dir: Path, policy, epoch: int, state: dict, ema: common.EMA | None, keep=0, about=None) -> None:
+    """checkpoints/epoch_NNNN with the exported LoRA and state.pt, complete or absent; `last` points to it.
+
+    keep N: of all checkpoints only the newest N and the best one stay; 0: all.  about: see common.export_lora().
+    """
     root = run_dir / "checkpoints"
     final, temporary = root / f"epoch_{epoch:04d}", root / f".writing_{epoch:04d}"
     if common.rank() > 0 or final.exists():
@@ -73,7 +128,7 @@ def save(run_dir: Path, policy, epoch: int, state: dict, ema: common.EMA | None)
     temporary.mkdir(parents=True)
     try:
         with ema.applied() if ema else nullcontext():
-            common.export_lora(policy, temporary)
+            common.export_lora(policy, temporary, about)
         torch.save(state | {"epoch": epoch}, temporary / "state.pt")
     except (OSError, RuntimeError, ValueError) as problem:  # torch and safetensors have their own for a full disk
         raise OSError(f"{final} could not be written ({problem})") from problem
@@ -83,6 +138,36 @@ def save(run_dir: Path, policy, epoch: int, state: dict, ema: common.EMA | None)
             os.fsync(f.fileno())
     temporary.rename(final)
     point_to(final)
+    if keep:
+        prune(run_dir, keep)
+
+
+def prune(run_dir: Path, keep: int) -> None:
+    """Removes all checkpoints but the newest `keep` and the one with the best held-out reward."""
+    root, found = run_dir / "checkpoints", by_epoch(run_dir)
+    held = {c: run_dir / "eval" / f"{c.name}.json" for c in found}
+    scores = {c: json.loads(file.read_text())["reward"] for c, file in held.items() if file.exists()}
+    best = max(scores, key=lambda c: sum(scores[c]) / len(scores[c]), default=None)
+    for checkpoint in found[keep:]:
+        if checkpoint != best:
+            checkpoint.rename(root / f".old_{checkpoint.name}")  # first: a kill may fall into the removal
+    for old in root.glob(".old_*"):
+        shutil.rmtree(old)
+
+
+def by_epoch(run_dir: Path) -> list[Path]:
+    """The checkpoints of a run, the newest first."""
+    found = (Path(run_dir) / "checkpoints").glob("epoch_*[0-9]")
+    return sorted(found, key=lambda path: int(path.name[6:]), reverse=True)
+
+
+def copied(state):
+    """A copy on the CPU that training does not change, of tensors in dicts and lists."""
+    if isinstance(state, torch.Tensor):
+        return state.detach().to("cpu", copy=True)
+    if isinstance(state, dict):
+        return {key: copied(value) for key, value in state.items()}
+    return type(state)(map(copied, state)) if isinstance(state, (list, tuple)) else state
 
 
 def digest(file: Path) -> str:
@@ -104,9 +189,7 @@ def load(folder: str | Path) -> dict | None:
 
     Damaged ones are named and set aside, so that the run can write them anew.
     """
-    root = Path(folder) / "checkpoints"
-    newest = sorted(root.glob("epoch_*[0-9]"), key=lambda path: int(path.name[6:]), reverse=True)
-    for checkpoint in newest:
+    for checkpoint in by_epoch(folder):
         if not (problem := damage(checkpoint)):
             if common.rank() == 0:  # a kill may have fallen between a checkpoint and its link
                 point_to(checkpoint)

@@ -12,6 +12,7 @@ Carry away: Policy(pipe) + add_lora() + policy.grid() + rollout() + log_ratio() 
 
 import hashlib
 import math
+import os
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 
@@ -240,15 +241,22 @@ def add_lora(policy: Policy, targets: list[str], rank: int, alpha: float, seed: 
     return params
 
 
-def export_lora(policy: Policy, folder) -> None:
-    """pytorch_lora_weights.safetensors that pipe.load_lora_weights(folder) loads; alpha / rank is folded into B."""
+def export_lora(policy: Policy, folder, about: dict[str, str] | None = None) -> None:
+    """pytorch_lora_weights.safetensors that pipe.load_lora_weights(folder) loads; alpha / rank is folded into B.
+
+    about: what stands in the file's header beside the weights.
+    """
     from peft.utils import get_peft_model_state_dict
+    from safetensors.torch import save_file
 
     config = policy.net.peft_config["default"]
     scale = config.lora_alpha / config.r
     weights = get_peft_model_state_dict(policy.net, adapter_name="default")
     weights = {k: (v * scale if ".lora_B." in k else v).detach().cpu().contiguous() for k, v in weights.items()}
-    policy.pipe.save_lora_weights(str(folder), **{f"{policy.backbone.part}_lora_layers": weights})
+    weights, file = {f"{policy.backbone.part}.{k}": v for k, v in weights.items()}, "pytorch_lora_weights.safetensors"
+    os.makedirs(folder, exist_ok=True)
+    save_file(weights, f"{folder}/{file}", {"format": "pt"} | (about or {}))
+    os.chmod(f"{folder}/{file}", 0o644)  # safetensors writes for the owner only
 
 
 def sinusoid(t: torch.Tensor, width: int = 256) -> torch.Tensor:
@@ -756,7 +764,10 @@ class Optimiser:
         for p, saved in zip(self.params, state["lora"], strict=True):
             p.data.copy_(saved)
         for (opt, _, _), saved in zip(self.parts, state["parts"], strict=True):
+            own = [{k: v for k, v in group.items() if k != "params"} for group in opt.param_groups]
             opt.load_state_dict(saved)
+            for group, settings in zip(opt.param_groups, own):
+                group.update(settings)  # lr and the like are the flags', where a resume changes them
         if self.ema:
             self.ema.load_state_dict(state["ema"])
         if self.scaler:

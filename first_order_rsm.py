@@ -498,6 +498,7 @@ def joined(sets: list[Rows]) -> Rows:
 class Replay:
     """SQDF's buffer: the newest `size` trajectories of all processes."""
 
+    replaced = True  # its state: never changed in place
     size: int
     items: dict = field(default_factory=dict)  # on the CPU, the oldest first: x (N, T+1, ...), prompt (N,)
 
@@ -528,10 +529,10 @@ class Replay:
             yield path, i[:, None], common.Batch(prompts, range(len(z)), cond, z[:, None])
 
     def state_dict(self) -> dict:
-        return self.items
+        return dict(self.items)
 
     def load_state_dict(self, state: dict) -> None:
-        self.items = state
+        self.items = dict(state)
 
 
 @torch.no_grad()

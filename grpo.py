@@ -228,7 +228,7 @@ class RunningStats:
         return self.last
 
     def load_state_dict(self, state: dict) -> None:
-        self.last = state
+        self.last = dict(state)
 
 
 def mixed_grid(sde: common.Grid, ode: common.Grid, steps: list[int]) -> common.Grid:

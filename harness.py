@@ -7,13 +7,13 @@ recorder.epochs() and recorder.end_epoch() the paper's algorithm.
 
 import argparse
 import csv
+import importlib.util
 import json
 import math
 import os
 import platform
 import shlex
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -51,11 +51,16 @@ TINY = dict(  # the embedded models' experiment, in every script: coloured shape
 RESUMABLE = {
     "resume", "epochs", "micro_batch_size", "reward_batch_size", "decode_batch_size", "sample_every", "save_every",
     "eval_every", "device", "wandb", "dry_run", "gradient_checkpointing", "offload_text_encoders", "runs", "preset",
-    "reward_retries",
+    "reward_retries", "keep", "accept_changes",
+}  # fmt: skip
+# numbers that make another model, task or set of noise: a run goes on with its own even with --accept-changes
+FIXED = {
+    "seed", "num_prompts", "group_size", "steps", "resolution", "max_sequence_length", "lora_rank", "lora_alpha",
+    "eval_images",
 }  # fmt: skip
 DERIVED = {  # what parse() adds to the flags: not part of args.json
     "prompt_list", "eval_prompt_list", "backbone", "argv", "changed", "note", "run_dir", "made_dir", "resume",
-    "dry_run", "paths", "eval_paths",
+    "dry_run", "paths", "eval_paths", "resume_or_start", "accept_changes", "sources", "rescue",
 }  # fmt: skip
 
 
@@ -202,6 +207,8 @@ def add_args(parser) -> None:
     flag("--runs", "runs", "text", "folder in which the run folder is made")
     flag("--name", "", "text", "name of the run folder; default METHOD_REWARD_sSEED_TIME")
     flag("--resume", "", "text", "go on with this run from its last checkpoint, with its own flags", metavar="RUN")
+    flag("--resume-or-start", "", "text", "the same if this run exists, else start it (job queues)", metavar="RUN")
+    flag("--accept-changes", False, "switch", "with --resume: take other numbers (lr, beta, ...) and changed files")
     flag("--eval-images", 64, "int >= 0", "held-out images, same noise every time, of every evaluation; 0 = none")
     flag("--eval-cfg", None, "float finite", "guidance of evaluations (AWM's and NFT's codes: 1); default --cfg")
     flag("--eval-steps", None, "int >= 1", "sampler steps of evaluations (Flow-GRPO: 40 for SD3.5); default --steps")
@@ -209,6 +216,7 @@ def add_args(parser) -> None:
     flag("--eval-every", 0, "int >= 0", "epochs between evaluations; 0 = before and after only")
     flag("--sample-every", 10, "int >= 0", "epochs between sample grids; 0 = none")
     flag("--save-every", 10, "int >= 0", "epochs between checkpoints (the last epoch is always saved)")
+    flag("--keep", 3, "int >= 0", "of the checkpoints, the newest N and the best held-out one; 0 = all", metavar="N")
     flag("--wandb", None, "text", "log to this Weights & Biases project too (package and account)", metavar="PROJECT")
     flag("--dry-run", False, "switch", "print the derived sizes and exit")
 
@@ -235,6 +243,8 @@ def parse(parser, presets: dict[str, dict], argv, rewards, check, sizes) -> argp
     args.changed = {k: [preset[k], v] for k, v in explicit.items() if k in preset and preset[k] != v}
     args.note = f"preset {name}: {note}" if note else ""
     try:
+        if args.resume_or_start:
+            start_or_resume(args)
         if args.resume:
             args = resumed_args(parser.prog.removesuffix(".py"), args, explicit)
         check_limits(parser, args)
@@ -245,6 +255,7 @@ def parse(parser, presets: dict[str, dict], argv, rewards, check, sizes) -> argp
             raise SystemExit(0)
         rewards.check_args(args)
         check_model(args)
+        args.sources = sources(args, rewards)
     except (UsageError, rewards.UsageError) as problem:
         parser.error(str(problem))
     return args
@@ -262,12 +273,83 @@ def resumed_args(method: str, args, explicit: dict) -> argparse.Namespace:
     need(owner == method, f"{what} is a run of {owner}.py, not of {method}.py", "resume it with that script")
     absent = ", ".join(sorted(vars(args).keys() - own.keys() - DERIVED))
     need(not absent, f"{what} was made by an older version (its args.json has no {absent})", "resume it with that one")
-    for key, value in explicit.items():
-        flag, same = "--" + key.replace("_", "-"), key in RESUMABLE or own.get(key) == value
+    new = {k: v for k, v in explicit.items() if k not in DERIVED | {"preset"} and own.get(k) != v}
+    for key, value in new.items():
+        flag, free = "--" + key.replace("_", "-"), key in RESUMABLE
         differs = f"{flag} {value} differs from the resumed run's {own.get(key)}"
-        need(same, differs, f"leave {flag} out, or start a new run")
-    fresh = {k: v for k, v in explicit.items() if k in RESUMABLE and k != "preset"}
-    return argparse.Namespace(**(vars(args) | own | fresh | {"resume": str(folder), "changed": {}}))
+        number = isinstance(value, (int, float)) and not isinstance(value, bool) and key not in FIXED
+        more = f", go on with it by --accept-changes (it is recorded in {folder}/history.jsonl)" if number else ""
+        need(free or number and args.accept_changes, differs, f"leave {flag} out{more}, or start a new run")
+    changed = {k: [own.get(k), v] for k, v in new.items()}
+    args = argparse.Namespace(**(vars(args) | own | new | {"resume": str(folder), "changed": changed}))
+    newest = next((int(c.name[6:]) for c in checkpoints.by_epoch(folder)), 0)
+    over = newest >= args.epochs and (newest > args.epochs or finished(folder, args.epochs))
+    need(not over, f"{what}: epoch {newest} of {args.epochs} is done", "give a larger --epochs to go on")
+    follow_sources(args, saved.get("sources", []), what)
+    return args
+
+
+def finished(folder: Path, epochs: int) -> bool:
+    """Whether the run got to its summary, which is written last."""
+    summary = folder / "summary.json"
+    return summary.exists() and json.loads(summary.read_text())["epochs"] == epochs
+
+
+def start_or_resume(args) -> None:
+    """--resume-or-start RUN is --resume RUN where there is a run, else --runs and --name; ends if finished."""
+    folder = Path(args.resume_or_start)
+    what = f"--resume-or-start {folder} names the run"
+    need(not args.resume and not args.name, what, "leave --resume and --name out")
+    args.runs, args.name, there = str(folder.parent), folder.name, (folder / "args.json").exists()
+    if there and finished(folder, args.epochs):
+        print(f"{folder}: all {args.epochs} epochs are done")
+        raise SystemExit(0)
+    args.resume = str(folder) if there else ""
+
+
+def source(kind: str, name: str) -> Path:
+    """The file of a prompt list, of a model's index or of your own reward's module."""
+    if kind == "prompts":
+        return Path(name) if Path(name).exists() else HERE / name
+    if kind == "model":
+        return Path(MODELS[name][0] if name in MODELS else name) / "model_index.json"
+    try:
+        found = sys.modules.get(name) or importlib.util.find_spec(name)
+    except ModuleNotFoundError:  # of the package that it is in
+        found = None
+    return Path(getattr(found, "__file__", None) or getattr(found, "origin", None) or name)
+
+
+def sources(args, rewards) -> list[list[str]]:
+    """What a run is made from beside its flags: (kind, name, absolute path, sha256) of each file that is there."""
+    lists = [name for flag in (args.prompts, args.eval_prompts) for name in flag.split(",") if name]
+    terms = rewards.parse_spec(args.reward) + (rewards.parse_spec(args.eval_rewards) if args.eval_rewards else [])
+    own = [name.partition(":")[0] for name, _ in terms if ":" in name]
+    names = [*(("prompts", name) for name in lists), ("model", args.model), *(("reward", name) for name in own)]
+    found = [(kind, name, source(kind, name).absolute()) for kind, name in dict.fromkeys(names)]
+    return [[kind, name, str(path), checkpoints.digest(path)] for kind, name, path in found if path.is_file()]
+
+
+def follow_sources(args, saved: list[list[str]], what: str) -> None:
+    """A resumed run goes on with the very files it was made from, wherever it is resumed: they may be where they
+    were, or at the same name from here.  UsageError where one has changed."""
+    sys.path.insert(0, os.getcwd())
+    for kind, name, path, wanted in saved:
+        here, there = source(kind, name), Path(path)
+        if here.is_file() and checkpoints.digest(here) == wanted:
+            continue
+        same = there.is_file() and checkpoints.digest(there) == wanted
+        changed = f"{what}: {kind} {name} ({there if there.is_file() else here}) is not the file the run was made from"
+        advice = "restore it, or go on with it as it is now by --accept-changes"
+        need(same or args.accept_changes, changed, advice)
+        if same and kind == "prompts":
+            for flag in ("prompts", "eval_prompts"):
+                names = [path if n == name else n for n in getattr(args, flag).split(",")]
+                setattr(args, flag, ",".join(names))
+        elif same and kind == "model":
+            args.model = str(there.parent)
+        elif same:
+            sys.path.insert(0, str(there.parents[name.count(".")]))
 
 
 # ---- checks of the shared flags: everything that can be wrong before a model is loaded
@@ -528,29 +610,57 @@ class Run:
 
 
 def run_main(main, parse_args, usage_error: type[Exception]) -> None:
-    """Entry point of every script: one sentence and exit code 2 for bad input, 130 after Ctrl-C or SIGTERM."""
-    args = parse_args()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    """Entry point of every script.  Whatever ends it, the last complete epoch is kept and one sentence says why.
+
+    Exit code 2 for bad input, 1 for what happens on the way, 128 + its number for a signal.
+    """
+    args, script = None, Path(sys.argv[0]).name
+    with checkpoints.signals_stop():
+        try:
+            args = parse_args()
+            main(args)
+            if torch.distributed.is_initialized():
+                torch.distributed.destroy_process_group()
+        except BaseException as problem:
+            code, said = verdict(problem, (UsageError, usage_error))
+            where = go_on(args)
+            if not said:  # a fault of the program, with its traceback
+                raise
+            if common.rank() == 0 or code == 1:
+                print(f"\n{script}: {said}{where}", file=sys.stderr)
+            sys.exit(code)
+        finally:
+            if made := getattr(args, "made_dir", None):  # no epoch was done: the corrected command may use the name
+                shutil.rmtree(made, ignore_errors=True)
+
+
+def verdict(problem: BaseException, usage_errors: tuple) -> tuple[int, str]:
+    """Exit code and sentence for what ended the program; no sentence for what nobody expected."""
+    if isinstance(problem, usage_errors):
+        return 2, f"error: {problem}"
+    if isinstance(problem, checkpoints.Stopped):
+        return 128 + problem.number, f"stopped by {problem}"
+    if isinstance(problem, SystemExit) and isinstance(problem.code, str):
+        return 1, problem.code
+    if isinstance(problem, OSError):  # a full disk, a folder that cannot be written
+        return 1, f"stopped: {problem}"
+    if isinstance(problem, torch.OutOfMemoryError):
+        smaller = "use a smaller --micro-batch-size, --decode-batch-size or --reward-batch-size"
+        return 1, f"stopped: the GPU's memory is full; {smaller}, or --gradient-checkpointing"
+    gone = isinstance(problem, RuntimeError) and ("onnection" in str(problem) or "NCCL" in str(problem))
+    if gone and common.world() > 1:
+        return 1, f"stopped: another process of this run has ended ({str(problem).splitlines()[0][:200]})"
+    return 1, ""
+
+
+def go_on(args) -> str:
+    """Writes the checkpoint of the last complete epoch where there is none yet; how to go on from there."""
     try:
-        main(args)
-    except (UsageError, usage_error) as problem:
-        print(f"{Path(sys.argv[0]).name}: error: {problem}", file=sys.stderr)
-        sys.exit(2)
-    except OSError as problem:  # a full disk, a folder that cannot be written
-        where = "" if getattr(args, "made_dir", None) else getattr(args, "run_dir", "")
-        what = f"stopped: {problem}" + (f"; mend it and go on with --resume {where}" if where else "")
-        print(f"{Path(sys.argv[0]).name}: {what}", file=sys.stderr)
-        sys.exit(1)
-    except KeyboardInterrupt:
-        where = getattr(args, "run_dir", None)
-        saved = where and (Path(where) / "checkpoints" / "last").exists()
-        print("\nstopped" + (f"; continue with --resume {where}" if saved else ""), file=sys.stderr)
-        sys.exit(130)
-    finally:
-        if made := getattr(args, "made_dir", None):  # no epoch was done: the corrected command may use the name
-            shutil.rmtree(made, ignore_errors=True)
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
+        getattr(args, "rescue", int)()
+    except (OSError, RuntimeError) as problem:  # the disk is full, or the GPU has failed
+        print(f"the last complete epoch could not be saved: {problem}", file=sys.stderr)
+    where = "" if getattr(args, "made_dir", None) else getattr(args, "run_dir", "")
+    return f"; go on with --resume {where}" if where else ""
 
 
 def setup(args, method: str) -> Run:
@@ -581,13 +691,16 @@ def setup(args, method: str) -> Run:
     args.run_dir = str(folder)
     run = Run(folder, device, dtype, rank, world, method=method)
     if run.is_main:
-        if not args.resume:
+        if args.resume:
+            record_resume(args, run)
+        else:
             make_folder(args, run)
         print(f"run folder {folder}  device {device}  dtype {dtype} ({reason})  processes {world}")
         if args.note:
             print(args.note)
         for key, (was, now) in args.changed.items():
-            print(f"  --{key.replace('_', '-')} {now}  (preset {args.preset}: {was})")
+            before = "it was" if args.resume else f"preset {args.preset}:"
+            print(f"  --{key.replace('_', '-')} {now}  ({before} {was})")
     return run
 
 
@@ -602,8 +715,23 @@ def make_folder(args, run: Run) -> None:
             copy = run.dir / (HERE / script).relative_to(HERE)
             copy.parent.mkdir(exist_ok=True)
             shutil.copy(HERE / script, copy)
+    for kind, _, path, _ in args.sources:
+        if kind == "reward":
+            shutil.copy(path, run.dir)
+    write_args(args, run)  # last: with it the folder is a run
+
+
+def write_args(args, run: Run) -> None:
     plain = {k: v for k, v in vars(args).items() if k not in DERIVED}
-    write_json(run.dir / "args.json", {"method": run.method, "args": plain})  # last: with it the folder is a run
+    write_json(run.dir / "args.json", {"method": run.method, "args": plain, "sources": args.sources})
+
+
+def record_resume(args, run: Run) -> None:
+    """history.jsonl: each segment's command and what it changed, which the next one takes over."""
+    segment = {"time": time.strftime("%F %T"), "command": shlex.join(sys.argv), "changed": args.changed}
+    with (run.dir / "history.jsonl").open("a") as f:
+        f.write(json.dumps(segment) + "\n")
+    write_args(args, run)
 
 
 def pick_dtype(name: str, device: torch.device) -> tuple[torch.dtype, str]:
@@ -889,15 +1017,9 @@ class Recorder:
             torch.distributed.barrier()  # the first process sets damaged checkpoints aside
         state = checkpoints.load(run.dir) if args.resume and not run.is_main else state
         if state:
-            done = f"--resume {run.dir}: epoch {state['epoch']} of {args.epochs} is done"
-            summary = run.dir / "summary.json"  # else a kill fell before it
-            finished = summary.exists() and json.loads(summary.read_text())["epochs"] == args.epochs
-            more = state["epoch"] < args.epochs or state["epoch"] == args.epochs and not finished
-            need(more, done, "give a larger --epochs to go on")
-            optimiser.load_state_dict(state["theta"])
-            for name, module in self.modules.items():
-                module.load_state_dict(state[name])
+            self._load(state)
             run.start_epoch = state["epoch"]
+        self.kept, args.rescue = (), self._rescue  # (epoch, state) of the last complete epoch
         terms = [f"reward/{t.name}" for t in self.reward.terms] + ["reward/skipped"] * args.skip_failed
         held = [f"eval/{t.name}" for r in scorers if r and not r.grouped for t in r.terms]
         keys = ["reward/mean", "reward/std", *terms, *metrics.columns, "grad/bad_steps", "calls/network"]
@@ -979,14 +1101,16 @@ class Recorder:
             if run.is_main and args.sample_every and done % args.sample_every == 0:
                 images, prompts = draw(self.policy, args, range(16))
                 pictures.image_grid(images, [p.text for p in prompts], run.dir / "samples" / f"epoch_{done:04d}.png")
-        args.made_dir = None  # an epoch is done: from here on the folder is worth keeping
-        self._stop_if(problem, done, row)  # the policy's own weights are back: they are what a checkpoint keeps
         if scores:
             row |= held_out_metrics(scores, args, run, done)
-        self.logger.log(done, row)
+        with checkpoints.unbroken():  # the policy's own weights are back: they are what a checkpoint keeps
+            args.made_dir = None  # an epoch is done: from here on the folder is worth keeping
+            self.logger.log(done, row)
+            self.kept = (done, self._state()) if run.is_main else ()
+            if last or args.save_every and done % args.save_every == 0:
+                self._save()  # after the log: a resumed run drops the rows that came after its checkpoint
         self.bar.set_postfix(reward=f"{row['reward/mean']:.3f}", kl=f"{row.get('kl/ref', math.nan):.1e}")
-        if last or args.save_every and done % args.save_every == 0:
-            self._save(done)  # after the log: a resumed run drops the rows that came after its checkpoint
+        self._stop_if(problem, done)
 
     def finish(self) -> None:
         with self.optimiser.averaged():
@@ -999,18 +1123,43 @@ class Recorder:
         except self.failure as failure:
             return None, failure
 
-    def _stop_if(self, problem, epoch: int, row=None) -> None:
+    def _stop_if(self, problem, epoch: int) -> None:
         if all_reduce({"failed": float(problem is not None)})["failed"]:
-            if row is not None:
-                self.logger.log(epoch, row)
-            if epoch > self.run.start_epoch:
-                self._save(epoch)
-            what = problem or "the reward failed in another process"
-            raise SystemExit(f"{self.run.method}.py: stopped after epoch {epoch}: {what}")
+            self._rescue()
+            raise SystemExit(f"stopped after epoch {epoch}: {problem or 'the reward failed in another process'}")
 
-    def _save(self, epoch: int) -> None:
-        state = {"theta": self.optimiser.state_dict()} | {k: m.state_dict() for k, m in self.modules.items()}
-        checkpoints.save(self.run.dir, self.policy, epoch, state, self.optimiser.ema)
+    def _state(self) -> dict:
+        """A copy of all that a resume needs; a module whose state is only ever replaced is not copied."""
+        parts = {name: module.state_dict() for name, module in self.modules.items()}
+        fixed = {name for name, module in self.modules.items() if getattr(module, "replaced", False)}
+        parts = {name: state if name in fixed else checkpoints.copied(state) for name, state in parts.items()}
+        return parts | {"theta": checkpoints.copied(self.optimiser.state_dict())}
+
+    def _load(self, state: dict) -> None:
+        self.optimiser.load_state_dict(state["theta"])
+        for name, module in self.modules.items():
+            module.load_state_dict(state[name])
+
+    def _save(self) -> None:
+        epoch, state = self.kept
+        about = header(self.args, self.run, epoch)
+        checkpoints.save(self.run.dir, self.policy, epoch, state, self.optimiser.ema, self.args.keep, about)
+
+    def _rescue(self) -> None:
+        """The checkpoint of the last complete epoch, whatever has happened since."""
+        if self.kept:
+            self._load(self.kept[1])
+            self._save()
+
+
+def header(args, run: Run, epoch: int) -> dict[str, str]:
+    """What a LoRA file says of itself."""
+    about = {"method": run.method, "base_model": args.model, "preset": args.preset, "reward": args.reward}
+    about |= {"seed": args.seed, "epoch": epoch, "rank": args.lora_rank, "trained_alpha": args.lora_alpha}
+    about["alpha"] = args.lora_rank  # alpha / rank is folded into B: 1 is left
+    about["command"] = (run.dir / "command.txt").read_text().strip()
+    about["commit"] = json.loads((run.dir / "versions.json").read_text())["git"]
+    return {key: str(value) for key, value in about.items()}
 
 
 def finish(run: Run, args, policy, logger: Logger) -> None:

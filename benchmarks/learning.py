@@ -163,6 +163,8 @@ def run(args, preset, variant, seed):
         "20",
         "--save-every",
         "20",
+        "--keep",
+        "0",
     ]
     if (folder / "checkpoints" / "last").exists():
         command = [sys.executable, script, "--resume", str(folder)]  # an interrupted run goes on

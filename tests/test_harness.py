@@ -113,7 +113,8 @@ class Failure(Exception):
 def recorder(tmp_path, monkeypatch):
     """Recorder of a run without a model: theta is one weight, the exported LoRA a text file of its value."""
     args = adam(ema_decay=0.5, ema_every=1, resume="", epochs=3, eval_images=4, eval_every=1, sample_every=0,
-                save_every=9, wandb=None, skip_failed=False)  # fmt: skip
+                save_every=9, wandb=None, keep=3, skip_failed=False,
+                model="m", preset="", reward="shapes", seed=0, lora_rank=4, lora_alpha=8)  # fmt: skip
     run = make_run(tmp_path)
     run.method = "grpo"
     (tmp_path / "checkpoints").mkdir()
@@ -121,7 +122,9 @@ def recorder(tmp_path, monkeypatch):
     opt = harness.make_optimiser(args, run, [theta])
     policy = SimpleNamespace(network_calls=0)
     reward = SimpleNamespace(terms=[SimpleNamespace(name="shapes")], grouped=False)
-    copy = lambda policy, folder: (folder / "lora.txt").write_text(str(theta.tolist()))  # noqa: E731
+    (tmp_path / "command.txt").write_text("python grpo.py\n")
+    (tmp_path / "versions.json").write_text('{"git": "1a2b"}')
+    copy = lambda policy, folder, about: (folder / "lora.txt").write_text(str(theta.tolist()))  # noqa: E731
     monkeypatch.setattr(common, "export_lora", copy)
     modules, metrics = {"lag": common.EMA([theta], 0.0)}, harness.Metrics(["loss"])
     made = harness.Recorder(run, args, policy, opt, (reward, None), Failure, metrics, modules)
@@ -150,7 +153,7 @@ def test_a_reward_failing_in_an_evaluation_keeps_the_policys_own_weights(recorde
     recorder.args.eval_prompt_list = numbered(4)
     epochs = recorder.made.epochs()
     next(epochs)
-    with pytest.raises(SystemExit, match="grpo.py: stopped after epoch 1: server gone"):
+    with pytest.raises(SystemExit, match="stopped after epoch 1: server gone"):
         one_epoch(recorder, 0)
     own, averaged = recorder.theta.detach(), recorder.opt.ema.shadow[0]
     assert not torch.equal(own, averaged)

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -63,13 +64,20 @@ def test_killed_before_the_first_checkpoint(run, whole):
     assert same(run, whole)
 
 
-def test_killed_between_the_last_checkpoint_and_the_summary(run, whole):
+def refused(capsys, run, *flags):
+    """The sentence with which a resume is refused, before a model is loaded."""
+    with pytest.raises(SystemExit) as stop:
+        vmpo.parse_args(["--resume", str(run), *map(str, flags)])
+    assert stop.value.code == 2
+    return capsys.readouterr().err.strip().splitlines()[-1]
+
+
+def test_killed_between_the_last_checkpoint_and_the_summary(run, whole, capsys):
     for file in ("summary.json", "curve.png", "before_after.png"):
         (run / file).unlink()
     resume(run)
     assert same(run, whole) and (run / "curve.png").exists() and (run / "before_after.png").exists()
-    with pytest.raises(harness.UsageError, match="epoch 3 of 3 is done; give a larger --epochs"):
-        resume(run)
+    assert "epoch 3 of 3 is done; give a larger --epochs" in refused(capsys, run)
 
 
 def test_killed_between_a_checkpoint_and_its_link(run, whole):
@@ -155,7 +163,7 @@ def test_a_run_of_an_older_version_is_refused_and_left_alone(run, capsys):
     assert stop.value.code == 2 and "has no ema_warmup" in capsys.readouterr().err and rows(run) == before
 
 
-def test_a_reward_that_fails_in_the_first_epochs_evaluation_keeps_that_epoch(tmp_path, monkeypatch):
+def test_a_reward_that_fails_in_the_first_epochs_evaluation_keeps_that_epoch(tmp_path, monkeypatch, capsys):
     real = harness.score_held_out
     monkeypatch.setattr("sys.argv", ["vmpo.py"])
 
@@ -166,8 +174,10 @@ def test_a_reward_that_fails_in_the_first_epochs_evaluation_keeps_that_epoch(tmp
 
     monkeypatch.setattr(harness, "score_held_out", fails_later)
     flags = [*SMALL, "--epochs", "2", "--eval-every", "1", "--runs", str(tmp_path), "--name", "run"]
-    with pytest.raises(SystemExit, match="stopped after epoch 1: server gone"):
+    with pytest.raises(SystemExit):
         harness.run_main(vmpo.main, lambda: vmpo.parse_args(flags), ValueError)
+    message = f"vmpo.py: stopped after epoch 1: server gone; go on with --resume {tmp_path / 'run'}"
+    assert capsys.readouterr().err.strip().splitlines()[-1] == message
     monkeypatch.setattr(harness, "score_held_out", real)
     resume(tmp_path / "run")
     assert [row[0] for row in rows(tmp_path / "run")] == ["epoch", "0", "1", "2"]
@@ -266,3 +276,153 @@ def test_broken_weights_are_one_sentence(tmp_path, broken):
     done = call(*SMALL, "--model", tmp_path / "model", "--max-sequence-length", 10, "--runs", tmp_path / "runs")
     assert done.returncode == 2 and "cannot be loaded" in done.stderr.strip().splitlines()[-1], done.stderr[-600:]
     assert not list((tmp_path / "runs").glob("*"))
+
+
+# ---- what a run is made from --------------------------------------------------------------------------------------
+MINE = "def reward(images, prompts, metadata):\n    return images[:, {channel}].mean((1, 2))\n"
+
+
+@pytest.fixture
+def made_here(tmp_path, monkeypatch):
+    """A run of files of the folder it was started in, named as seen from there."""
+    home = tmp_path / "home"
+    home.mkdir()
+    monkeypatch.chdir(home)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.delitem(sys.modules, "mine", raising=False)
+    (home / "mine.py").write_text(MINE.format(channel=0))
+    (home / "list.txt").write_text("a red circle\na blue square\n")
+    shutil.copytree(ROOT / "tiny" / "sd35", home / "model")
+    train("runs", "run", "--epochs", 1, "--prompts", "list.txt", "--eval-prompts", "", "--reward", "mine:reward",
+          "--eval-rewards", "", "--model", "model", "--resolution", 32)  # fmt: skip
+    return home
+
+
+def elsewhere(home, monkeypatch):
+    """Another folder, with other files of the same names."""
+    other = home.parent / "other"
+    other.mkdir(exist_ok=True)
+    (other / "mine.py").write_text(MINE.format(channel=2))
+    (other / "list.txt").write_text("a green circle\n")
+    monkeypatch.chdir(other)
+    monkeypatch.delitem(sys.modules, "mine", raising=False)
+    sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != home]
+
+
+def test_a_run_takes_its_own_files_wherever_it_is_resumed(made_here, monkeypatch):
+    shutil.copytree(made_here / "runs" / "run", made_here / "whole", symlinks=True)
+    resume(made_here / "whole", "--epochs", 2)
+    elsewhere(made_here, monkeypatch)
+    resume(made_here / "runs" / "run", "--epochs", 2)
+    assert rows(made_here / "runs" / "run") == rows(made_here / "whole")
+    assert (made_here / "runs" / "run" / "mine.py").read_text() == MINE.format(channel=0)  # a copy, for the record
+
+
+@pytest.mark.parametrize("file", ["list.txt", "mine.py", "model/model_index.json"])
+@pytest.mark.parametrize("change", ["edit", "remove"])
+def test_a_changed_file_is_named_and_can_be_accepted(made_here, monkeypatch, capsys, file, change):
+    run, path = made_here / "runs" / "run", made_here / file
+    path.write_text(path.read_text() + "\n") if change == "edit" else path.unlink()
+    elsewhere(made_here, monkeypatch)
+    message = refused(capsys, run, "--epochs", 2)
+    kind = {"list.txt": "prompts", "mine.py": "reward"}.get(file, "model")
+    assert f"{kind} " in message and "is not the file the run was made from" in message
+    if change == "edit":
+        monkeypatch.chdir(made_here)
+        accepted = vmpo.parse_args(["--resume", str(run), "--epochs", "2", "--accept-changes"])
+        assert [name for _, name, *_ in accepted.sources] == ["list.txt", "model", "mine"]
+
+
+def test_numbers_change_only_with_the_flag_for_it_and_are_on_record(run, capsys):
+    message = refused(capsys, run, "--epochs", 4, "--lr", 1e-5)
+    assert "--lr 1e-05 differs from the resumed run's 0.0004" in message and "--accept-changes" in message
+    for flag, value in (("--lora-rank", 2), ("--seed", 1), ("--potential", "diff"), ("--steps", 4)):
+        assert "--accept-changes" not in refused(capsys, run, "--epochs", 4, flag, value, "--accept-changes")
+    args = vmpo.parse_args(["--resume", str(run), "--epochs", "4", "--lr", "1e-5", "--accept-changes"])
+    optimisers, real = [], harness.make_optimiser
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(harness, "make_optimiser", lambda *a: optimisers.append(real(*a)) or optimisers[0])
+        vmpo.main(args)
+    assert optimisers[0].parts[0][0].param_groups[0]["lr"] == 1e-5  # not the saved optimiser's
+    segment = json.loads((run / "history.jsonl").read_text())
+    assert segment["changed"] == {"epochs": [3, 4], "lr": [4e-4, 1e-5]} and segment["command"]
+    assert "epoch 4 of 4 is done" in refused(capsys, run)  # a next resume takes over what was changed
+
+
+# ---- disk and signals ---------------------------------------------------------------------------------------------
+def test_only_the_newest_checkpoints_and_the_best_are_kept(tmp_path, monkeypatch):
+    score = iter([0.1, 0.2, 0.9, 0.3, 0.4, 0.5, 0.6])
+    monkeypatch.setattr(harness, "score_held_out", lambda *a: {"reward": torch.full((4,), next(score))})
+    run = train(tmp_path, "run", "--epochs", 6, "--eval-every", 1, "--keep", 2, "--eval-rewards", "")
+    kept = sorted(p.name for p in (run / "checkpoints").iterdir())
+    assert kept == ["epoch_0002", "epoch_0005", "epoch_0006", "last"]  # the held-out reward was .9 after epoch 2
+    assert checkpoints.damage(run / "checkpoints" / "epoch_0002") == ""
+
+
+STOPPED = """
+import os, signal, sys, time
+import common, harness, vmpo
+number, seen, real = int(sys.argv.pop(1)), [], common.Optimiser.step
+def step(self):
+    seen.append(0)
+    if len(seen) == 4:  # in epoch 4's update, when theta has moved
+        real(self)
+        os.kill(os.getpid(), number)
+        time.sleep(9)
+    return real(self)
+common.Optimiser.step = step
+harness.run_main(vmpo.main, vmpo.parse_args, ValueError)
+"""
+
+
+@pytest.mark.parametrize("number", [1, 2, 15])
+def test_a_signal_writes_the_last_complete_epoch(whole, tmp_path, number):
+    flags = [*SMALL, "--epochs", 4, "--save-every", 0, "--runs", tmp_path, "--name", "run"]
+    heed = lambda: [signal.signal(n, signal.SIG_DFL) for n in (1, 2, 15)]  # noqa: E731
+    done = subprocess.run([sys.executable, "-c", STOPPED, str(number), *map(str, flags)], cwd=ROOT, env=ENV,
+                          capture_output=True, text=True, timeout=300, preexec_fn=heed)  # fmt: skip
+    run = tmp_path / "run"
+    assert done.returncode == 128 + number, done.stderr[-2000:]
+    name = {1: "SIGHUP", 2: "SIGINT", 15: "SIGTERM"}[number]
+    assert f"stopped by {name}; go on with --resume {run}" in done.stderr.strip().splitlines()[-1]
+    assert [c.name for c in checkpoints.by_epoch(run)] == ["epoch_0003"]
+    lora = "checkpoints/last/pytorch_lora_weights.safetensors"
+    assert (run / lora).read_bytes() == (whole / lora).read_bytes()  # not what the half epoch made of it
+
+
+def test_a_second_signal_ends_at_once_and_one_while_writing_waits(tmp_path):
+    code = """
+import os, signal, sys, time
+import checkpoints
+with checkpoints.signals_stop():
+    try:
+        with checkpoints.unbroken():
+            os.kill(os.getpid(), 15)
+            print("written", flush=True)
+        print("never", flush=True)
+    except checkpoints.Stopped as stop:
+        print(stop, stop.number, flush=True)
+        os.kill(os.getpid(), 2)  # a terminal's and torchrun's signal come together
+        print("still here", flush=True)
+        time.sleep(1.1)
+        os.kill(os.getpid(), 1)
+        time.sleep(9)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=ENV, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 129 and done.stdout.splitlines() == ["written", "SIGTERM 15", "still here"]
+
+
+def test_one_command_starts_continues_and_ends(tmp_path, capsys):
+    flags = [*SMALL, "--epochs", "2", "--resume-or-start", str(tmp_path / "jobs" / "run")]
+    vmpo.main(vmpo.parse_args(flags))
+    run = tmp_path / "jobs" / "run"
+    shutil.rmtree(run / "checkpoints" / "epoch_0002")
+    (run / "summary.json").unlink()
+    vmpo.main(vmpo.parse_args(flags))
+    assert [row[0] for row in rows(run)] == ["epoch", "0", "1", "2"] and (run / "summary.json").exists()
+    with pytest.raises(SystemExit) as stop:
+        vmpo.parse_args(flags)
+    assert stop.value.code == 0 and "all 2 epochs are done" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as stop:
+        vmpo.parse_args([*flags, "--name", "x"])
+    assert stop.value.code == 2

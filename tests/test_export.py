@@ -1,0 +1,114 @@
+"""export.py: what each format holds, loaded by plain diffusers or peft, draws the images of the run's own file."""
+
+import json
+import sys
+from pathlib import Path
+
+import diffusers
+import pytest
+import torch
+from peft import PeftModel
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+import export
+import vmpo
+
+ROOT = Path(__file__).resolve().parent.parent
+SMALL = "--num-prompts 2 --group-size 2 --steps 3 --eval-images 0 --sample-every 0 --epochs 1 --lora-rank 3".split()
+OWN = "checkpoints/last/pytorch_lora_weights.safetensors"
+PIPES = {"tiny-sd15": diffusers.StableDiffusionPipeline, "tiny-sd35": diffusers.StableDiffusion3Pipeline}
+
+
+@pytest.fixture(scope="module", params=PIPES)
+def run(request, tmp_path_factory):
+    """A run whose LoRA does something: B is drawn at random."""
+    folder, preset = tmp_path_factory.mktemp(request.param), {"tiny-sd35": "tiny"}.get(request.param, request.param)
+    vmpo.main(vmpo.parse_args(["--preset", preset, *SMALL, "--runs", str(folder), "--name", "run"]))
+    weights = load_file(folder / "run" / OWN)
+    draw = torch.Generator().manual_seed(1)
+    weights = {k: 0.2 * torch.randn(v.shape, generator=draw) if "lora_B" in k else v for k, v in weights.items()}
+    save_file(weights, folder / "run" / OWN, {"format": "pt"})
+    return request.param, folder / "run"
+
+
+def plain(model):
+    pipe = PIPES[model].from_pretrained(ROOT / "tiny" / model.removeprefix("tiny-"))
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def images(pipe):
+    extra = {"max_sequence_length": 10} if isinstance(pipe, diffusers.StableDiffusion3Pipeline) else {}
+    call = dict(num_inference_steps=3, guidance_scale=1.0, height=32, width=32, output_type="pt")
+    return pipe("a red circle", **call, **extra, generator=torch.Generator().manual_seed(0)).images
+
+
+@pytest.fixture(scope="module")
+def wanted(run):
+    pipe = plain(run[0])
+    base = images(pipe)
+    pipe.load_lora_weights(str(run[1] / "checkpoints" / "last"))
+    found = images(pipe)
+    assert (found - base).abs().max() > 0.05
+    return found
+
+
+def test_kohya(run, wanted, capsys):
+    model, folder = run
+    if model == "tiny-sd35":
+        with pytest.raises(SystemExit) as stop:
+            export.main([str(folder), "--format", "kohya"])
+        message = capsys.readouterr().err
+        assert stop.value.code == 2 and "SD1.5" in message and "ComfyUI reads" in message
+        return
+    export.main([str(folder), "--format", "kohya"])
+    file = Path(capsys.readouterr().out.strip())
+    keys = set(load_file(file))
+    assert all(key.startswith("lora_unet_") for key in keys)
+    assert {key.rsplit(".", 1)[-1] for key in keys} == {"alpha", "weight"}
+    pipe = plain(model)
+    pipe.load_lora_weights(str(file))
+    assert torch.allclose(images(pipe), wanted, atol=1e-5)
+
+
+def test_peft(run, wanted, capsys):
+    model, folder = run
+    export.main([str(folder / "checkpoints" / "last"), "--format", "peft"])
+    out, pipe = capsys.readouterr().out.strip(), plain(model)
+    part = "unet" if model == "tiny-sd15" else "transformer"
+    setattr(pipe, part, PeftModel.from_pretrained(getattr(pipe, part), out).merge_and_unload())
+    assert torch.allclose(images(pipe), wanted, atol=1e-5)
+
+
+def test_merged(run, wanted, tmp_path):
+    model, folder = run
+    export.main([str(folder), "--format", "merged", "--out", str(tmp_path / "whole")])
+    pipe = PIPES[model].from_pretrained(tmp_path / "whole")
+    pipe.set_progress_bar_config(disable=True)
+    assert torch.allclose(images(pipe), wanted, atol=1e-5)
+
+
+def test_the_file_says_where_it_is_from(tmp_path):
+    vmpo.main(vmpo.parse_args(["--preset", "tiny", *SMALL, "--runs", str(tmp_path), "--name", "run"]))
+    file = tmp_path / "run" / OWN
+    with safe_open(file, "pt") as f:
+        about = f.metadata()
+    expected = {"method": "vmpo", "base_model": "tiny-sd35", "preset": "tiny", "rank": "3", "epoch": "1", "seed": "0"}
+    assert expected.items() <= about.items() and about["commit"] and sys.argv[-1] in about["command"]
+    assert file.stat().st_mode & 0o444 == 0o444  # others may read it, too
+
+
+@pytest.mark.parametrize("wrong", ["nothing here", "no record", "taken"])
+def test_bad_input_is_one_sentence(tmp_path, capsys, wrong):
+    run = tmp_path / "run"
+    if wrong != "nothing here":
+        (run / OWN).parent.mkdir(parents=True)
+        save_file({}, run / OWN)
+    if wrong == "taken":
+        (run / "args.json").write_text(json.dumps({"args": {"model": "tiny-sd15"}}))
+    with pytest.raises(SystemExit) as stop:
+        export.main([str(run), "--format", "peft", "--out", str(tmp_path)])
+    message = capsys.readouterr().err
+    words = {"nothing here": "neither a run folder", "no record": "no args.json", "taken": "is there already"}
+    assert stop.value.code == 2 and message.count("\n") == 1 and words[wrong] in message
