@@ -28,6 +28,7 @@ import checkpoints
 import common
 import eval_files
 import harness
+import pictures
 import rewards
 from eval_files import OVER_TAGS, digest
 from harness import need
@@ -323,7 +324,7 @@ def draw(args, label: str, policy, grid, cond, files: list[Path]) -> None:
         if not images.isfinite().all():
             raise SystemExit(f"eval.py: stopped: {label} gives NaN images in {policy.dtype}; try --dtype float32")
         for pixels, r in zip(rewards.pixels(images), rows):
-            eval_files.save_image(pixels, files[r])
+            pictures.save_image(pixels, files[r])
 
 
 def score(args, reward, measure, files: list[Path], ids: dict, scores: dict) -> None:
@@ -333,7 +334,7 @@ def score(args, reward, measure, files: list[Path], ids: dict, scores: dict) -> 
         rows = range(start, min(start + size, len(files)))
         if all(ids[name][r] in scores for name in args.reward_names for r in rows):
             continue
-        images = eval_files.read_images([files[r] for r in rows])  # what the files hold: 8 bits
+        images = pictures.read_images([files[r] for r in rows])  # what the files hold: 8 bits
         texts, metadata = zip(*((prompts[r // K].text, prompts[r // K].metadata) for r in rows))
         _, terms = reward(images.to(args.device), texts, metadata)
         for name, values in terms.items():
@@ -341,7 +342,7 @@ def score(args, reward, measure, files: list[Path], ids: dict, scores: dict) -> 
             eval_files.add_scores(args, scores, dict(new))
     for p, of in enumerate(tqdm(ids.get(args.diversity, ()), desc="diversity", disable=None)):
         if of not in scores:
-            images = eval_files.read_images(files[p * K : (p + 1) * K])
+            images = pictures.read_images(files[p * K : (p + 1) * K])
             eval_files.add_scores(args, scores, {of: measure(images.to(args.device))})
 
 

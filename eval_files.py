@@ -4,16 +4,10 @@ files: {model: PNG files}, row r is image r % K of prompt r // K; scores: {model
 the base model comes first.
 """
 
-import base64
 import hashlib
-import io
 import json
 from itertools import accumulate
 from pathlib import Path
-
-import numpy
-import torch
-from PIL import Image, features
 
 import checkpoints
 import harness
@@ -68,24 +62,6 @@ def add_scores(args, scores: dict, new: dict) -> None:
         for id, score in new.items():
             f.write(json.dumps(dict(zip(("of", "reward", "key"), id), score=score)) + "\n")
     scores.update(new)
-
-
-def save_image(pixels: numpy.ndarray, path: Path) -> None:
-    """(H, W, 3) uint8 -> PNG, complete or absent."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with checkpoints.complete(path) as temporary:
-        Image.fromarray(pixels).save(temporary, format="PNG")
-
-
-def read_images(paths: list[Path]) -> torch.Tensor:
-    """PNG files of one size -> (N, 3, H, W) float32 in [0, 1]; OSError names the file that is none."""
-    images = []
-    for path in paths:
-        try:
-            images.append(numpy.array(Image.open(path).convert("RGB")))
-        except OSError as problem:
-            raise OSError(f"{path} cannot be read ({problem}); delete it") from None
-    return torch.from_numpy(numpy.stack(images)).permute(0, 3, 1, 2) / 255
 
 
 # ---- results -----------------------------------------------------------------
@@ -147,7 +123,7 @@ def write_pictures(args, files, scores, summary, note: str) -> None:
         texts = [p.text for p in prompts[: args.grid_prompts]]
         first = [of[:: args.images_per_prompt][: len(texts)] for of in files.values()]
         pairs = len(first) == 2
-        images = read_images([file for row in (zip(*first) if pairs else first) for file in row])
+        images = pictures.read_images([file for row in (zip(*first) if pairs else first) for file in row])
         captions = texts if pairs else [f"{label}: {text}" for label in files for text in texts]
         columns = min(4, len(texts)) if pairs else len(texts)
         pictures.image_grid(images, captions, out / "grid.png", columns, pairs)
@@ -155,61 +131,7 @@ def write_pictures(args, files, scores, summary, note: str) -> None:
         shown = [Path(args.panel).name] if args.panel else args.lora_files
         head = dict(note=note, command=args.command, rewards=args.reward_names, summary=summary)
         head["title"] = " · ".join([args.model, *shown])
-        write_gallery(out / "gallery.html", head, prompts, files, scores, args.gallery_mb)
-
-
-# ---- gallery.html: one page with everything in it ----------------------------
-def data_uri(path: Path, side: int) -> str:
-    """The image, at most `side` pixels per side: as it is up to 64 pixels (PNG), else WebP or, without it, JPEG."""
-    image, kind, data = Image.open(path), "png", path.read_bytes()
-    if max(image.size) > min(side, 64):
-        image = image.convert("RGB")
-        image.thumbnail((side, side), Image.LANCZOS)
-        buffer, kind = io.BytesIO(), "webp" if features.check("webp") else "jpeg"
-        image.save(buffer, format=kind, quality=85)
-        data = buffer.getvalue()
-    return f"data:image/{kind};base64," + base64.b64encode(data).decode()
-
-
-def fit_gallery(sizes: dict[int, float], prompts: int, per_prompt: int, models: int, budget: float):
-    """(side, images per prompt, prompts) to show in `budget` bytes; sizes: {side: mean bytes of an image}, full first.
-    Thumbnails down to 256 pixels come first, then fewer images per prompt, smaller thumbnails, fewer prompts.
-    """
-    large = [side for side in sizes if side >= min(256, max(sizes))]
-    ways = [(side, per_prompt) for side in large]
-    ways += [(large[-1], k) for k in range(per_prompt - 1, 0, -1)]
-    ways += [(side, 1) for side in sizes if side < large[-1]]
-    for side, k in ways:
-        if models * prompts * k * sizes[side] <= budget:
-            return side, k, prompts
-    return side, 1, max(1, int(budget / (models * sizes[side])))
-
-
-def write_gallery(path: Path, head: dict, prompts, files, scores, megabytes: float) -> None:
-    """eval_gallery.html with the data put in: to show it, no other file and no network is needed.
-    head: title, note, command, summary and `rewards`, the names of the scores that are shown.
-    """
-    models, K = list(files), len(files["base"]) // len(prompts)
-    sample = files["base"][::K][:: max(1, len(prompts) // 8)][:8]  # to judge the size of all
-    full = max(Image.open(sample[0]).size)
-    sides = [full, *(side for side in (768, 512, 384, 256, 192, 128, 96) if side < full)]
-    sizes = {side: sum(len(data_uri(file, side)) for file in sample) / len(sample) for side in sides}
-    side, shown, count = fit_gallery(sizes, len(prompts), K, len(models), megabytes * 1e6)
-    cuts = ((side, full, "pixels"), (shown, K, "images per prompt"), (count, len(prompts), "prompts"))
-    left = ", ".join(f"{part} of {whole} {what}" for part, whole, what in cuts if part < whole)
-    rows = []
-    for prompt, k in ((prompt, k) for prompt in prompts[:count] for k in range(shown)):
-        p, tag = prompt.id, str(prompt.metadata.get("tag", ""))
-        rows.append({
-            "prompt": p, "image": k, "text": prompt.text, "tag": tag,
-            "scores": [[scores[m][r][p, k].item() for r in head["rewards"]] for m in models],
-            "pictures": [data_uri(files[m][p * K + k], side) for m in models],
-        })  # fmt: skip
-    left = f"Shown: {left}; the folder images/ has all in full." if left else ""
-    data = json.dumps(head | {"left_out": left, "models": models, "side": side, "rows": rows})
-    data = data.replace("<", "\\u003c")  # a prompt may hold "</script>"
-    page = (harness.HERE / "eval_gallery.html").read_text(encoding="utf-8")
-    path.write_text(page.replace("__DATA__", data), encoding="utf-8")
+        pictures.write_gallery(out / "gallery.html", head, prompts, files, scores, args.gallery_mb)
 
 
 # ---- panel.png: is the reward being hacked? ----------------------------------

@@ -209,12 +209,12 @@ def add_args(parser) -> None:
     flag("--resume", "", "text", "go on with this run from its last checkpoint, with its own flags", metavar="RUN")
     flag("--resume-or-start", "", "text", "the same if this run exists, else start it (job queues)", metavar="RUN")
     flag("--accept-changes", False, "switch", "with --resume: take other numbers (lr, beta, ...) and changed files")
-    flag("--eval-images", 64, "int >= 0", "held-out images, same noise every time, of every evaluation; 0 = none")
+    flag("--eval-images", 64, "int >= 0", "held-out images, same noise every time: all a run draws to show; 0 = none")
     flag("--eval-cfg", None, "float finite", "guidance of evaluations (AWM's and NFT's codes: 1); default --cfg")
     flag("--eval-steps", None, "int >= 1", "sampler steps of evaluations (Flow-GRPO: 40 for SD3.5); default --steps")
     flag("--eval-kernel", "ode", ["ode", "same"], "ode = deterministic, what users run (Flow-GRPO); same = --kernel")
     flag("--eval-every", 0, "int >= 0", "epochs between evaluations; 0 = before and after only")
-    flag("--sample-every", 10, "int >= 0", "epochs between sample grids; 0 = none")
+    flag("--sample-every", 10, "int >= 0", "epochs between grids of the first 16 held-out images; 0 = none")
     flag("--save-every", 10, "int >= 0", "epochs between checkpoints (the last epoch is always saved)")
     flag("--keep", 3, "int >= 0", "of the checkpoints, the newest N and the best held-out one; 0 = all", metavar="N")
     flag("--wandb", None, "text", "log to this Weights & Biases project too (package and account)", metavar="PROJECT")
@@ -907,35 +907,53 @@ class Stats:
 
 # ---- held-out evaluation -----------------------------------------------------
 @torch.no_grad()
-def draw(policy, args, indices) -> tuple[torch.Tensor, list[common.Prompt]]:
+def draw(policy, args, indices, desc="") -> tuple[torch.Tensor, list[common.Prompt]]:
     """Images (N, 3, H, W) on the CPU of the held-out prompts (repeated in order as needed) with these indices.
 
-    The noise depends on the image's index alone: the same in every run and epoch.
+    The noise depends on the image's index alone: the same in every run and epoch.  desc: of a progress bar.
     """
     prompts = [args.eval_prompt_list[n % len(args.eval_prompt_list)] for n in indices]
     kernel, level = (args.kernel, args.noise_level) if args.eval_kernel == "same" else ("ode", 0.0)
     grid = policy.grid(args.eval_steps, kernel, level)
     cond = policy.encode([p.text for p in prompts])
-    images = []
+    images, bar = [], common.progress(len(indices), desc)
     for start in range(0, len(indices), args.micro_batch_size):
         rows = slice(start, start + args.micro_batch_size)
         noise = common.sample_noise(0, "held-out", indices[rows], grid.steps, policy.latent_shape, policy.device)
         path = common.rollout(policy, grid, cond[rows], noise, args.eval_cfg, len(noise), desc="")
         images.append(policy.decode(path.x[:, -1]).cpu())
+        bar.update(len(noise))
+    bar.close()
     return torch.cat(images), prompts
 
 
-def score_held_out(policy, args, run, reward, more) -> dict[str, torch.Tensor]:
-    """This process's share of the held-out images, drawn and scored: {name: (share,)}; the last ones may repeat."""
-    share = -(-args.eval_images // run.world)
-    images, prompts = draw(policy, args, range(run.rank * share, (run.rank + 1) * share))
+def held_out_share(args, run) -> int:
+    """How many of the held-out images each process draws; the last process's may go on from the first prompt."""
+    return -(-args.eval_images // run.world)
+
+
+def score_held_out(policy, args, run, reward, more) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """This process's share of the held-out images, drawn and scored: {name: (share,)}, and the images."""
+    share = held_out_share(args, run)
+    images, prompts = draw(policy, args, range(run.rank * share, (run.rank + 1) * share), "held-out images")
     texts, extra = [p.text for p in prompts], [p.metadata for p in prompts]
     scores = {}
     for scorer in (reward, more):
         if scorer is not None and not scorer.grouped:  # it would say nothing of one image
             total, parts = scorer(images.to(run.device), texts, extra, chunk=args.reward_batch_size)
             scores = {"reward": total} | scores | parts
-    return scores
+    return scores, images
+
+
+def held_out_file(run_dir: Path, epoch: int, n: int) -> Path:
+    return run_dir / "eval" / f"epoch_{epoch:04d}" / f"{n:04d}.png"
+
+
+def keep_images(images: torch.Tensor, args, run, epoch: int) -> None:
+    """This process's held-out images of the first or last evaluation, as files: finish() draws nothing again."""
+    first = run.rank * len(images)
+    for n, pixels in enumerate(pictures.as_uint8(images)[: max(0, args.eval_images - first)], first):
+        pictures.save_image(pixels, held_out_file(run.dir, epoch, n))
 
 
 def held_out_metrics(scores: dict[str, torch.Tensor], args, run, epoch: int) -> dict[str, float]:
@@ -1032,10 +1050,14 @@ class Recorder:
         there = (run.dir / "eval" / f"epoch_{at:04d}.json").exists()
         if args.eval_images and (at == 0 or at == args.epochs and not there):  # a stop may fall before the last one
             with self.optimiser.averaged():
-                scores, problem = self._held_out()
+                scores, images, problem = self._held_out(at)
             self._stop_if(problem, at)
-            self.logger.log(at, held_out_metrics(scores, args, run, at))
-        left, off = range(run.start_epoch, args.epochs), not run.is_main
+            row = held_out_metrics(scores, args, run, at)
+            self.logger.log(at, row)
+            if at == 0 and args.sample_every:
+                self._sample_grid(0, images)
+            self._say(at, row)
+        left, off = range(run.start_epoch, args.epochs), not run.is_main or not sys.stderr.isatty()
         self.bar = common.tqdm(left, desc=run.method, disable=off, initial=run.start_epoch, total=args.epochs)
         for epoch in self.bar:
             self.calls, self.clock = self.policy.network_calls, []
@@ -1094,13 +1116,12 @@ class Recorder:
         if run.device.type == "cuda":
             row["mem/peak_gb"] = torch.cuda.max_memory_allocated() / 2**30
         done, last = epoch + 1, epoch + 1 == args.epochs
-        scores = problem = None
+        scores = images = problem = None
         with self.optimiser.averaged():
             if args.eval_images and (last or args.eval_every and done % args.eval_every == 0):
-                scores, problem = self._held_out()
-            if run.is_main and args.sample_every and done % args.sample_every == 0:
-                images, prompts = draw(self.policy, args, range(16))
-                pictures.image_grid(images, [p.text for p in prompts], run.dir / "samples" / f"epoch_{done:04d}.png")
+                scores, images, problem = self._held_out(done)
+            if args.eval_images and args.sample_every and done % args.sample_every == 0:
+                self._sample_grid(done, images)
         if scores:
             row |= held_out_metrics(scores, args, run, done)
         with checkpoints.unbroken():  # the policy's own weights are back: they are what a checkpoint keeps
@@ -1109,19 +1130,47 @@ class Recorder:
             self.kept = (done, self._state()) if run.is_main else ()
             if last or args.save_every and done % args.save_every == 0:
                 self._save()  # after the log: a resumed run drops the rows that came after its checkpoint
-        self.bar.set_postfix(reward=f"{row['reward/mean']:.3f}", kl=f"{row.get('kl/ref', math.nan):.1e}")
+        self._say(done, row)
         self._stop_if(problem, done)
 
     def finish(self) -> None:
-        with self.optimiser.averaged():
-            finish(self.run, self.args, self.policy, self.logger)
+        finish(self.run, self.args, self.logger)
         self.logger.close()
 
-    def _held_out(self):
+    def _held_out(self, epoch: int):
+        """Scores and images of the held-out prompts, or the failure; the first and last images are kept as files."""
         try:
-            return score_held_out(self.policy, self.args, self.run, self.reward, self.more), None
+            scores, images = score_held_out(self.policy, self.args, self.run, self.reward, self.more)
         except self.failure as failure:
-            return None, failure
+            return None, None, failure
+        if epoch in (0, self.args.epochs):
+            keep_images(images, self.args, self.run, epoch)
+        return scores, images, None
+
+    def _sample_grid(self, epoch: int, images) -> None:
+        """samples/epoch_NNNN.png: the first held-out images, drawn unless this epoch's evaluation has them."""
+        if not self.run.is_main:
+            return
+        first = range(min(16, held_out_share(self.args, self.run)))
+        if images is None:
+            images, _ = draw(self.policy, self.args, first)
+        prompts = self.args.eval_prompt_list
+        texts = [prompts[n % len(prompts)].text for n in first]
+        pictures.image_grid(images[: len(first)], texts, self.run.dir / "samples" / f"epoch_{epoch:04d}.png")
+
+    def _say(self, epoch: int, row: dict[str, float]) -> None:
+        """The epoch's numbers behind the bar or, in a log file, as a line."""
+        if not self.run.is_main:
+            return
+        named = {"reward": ("reward/mean", ".3f"), "kl": ("kl/ref", ".1e"), "held-out": ("eval/reward", ".3f")}
+        said = {name: f"{row[key]:{form}}" for name, (key, form) in named.items() if key in row}
+        if sys.stderr.isatty():
+            if epoch > self.run.start_epoch:
+                self.bar.set_postfix(said)
+            return
+        seconds = sum(row.get(f"time/{phase}", 0.0) for phase in ("rollout", "reward", "update"))
+        words = [f"epoch {epoch}/{self.args.epochs}", *(f"{name} {value}" for name, value in said.items())]
+        print("  ".join(words) + (f"  {seconds:.1f} s" if seconds else ""), flush=True)
 
     def _stop_if(self, problem, epoch: int) -> None:
         if all_reduce({"failed": float(problem is not None)})["failed"]:
@@ -1162,29 +1211,24 @@ def header(args, run: Run, epoch: int) -> dict[str, str]:
     return {key: str(value) for key, value in about.items()}
 
 
-def finish(run: Run, args, policy, logger: Logger) -> None:
-    """summary.json, curve.png, before_after.png (same noise, adapters off and on), and the result in a few lines."""
+def finish(run: Run, args, logger: Logger) -> None:
+    """summary.json, curve.png, before_after.png and gallery.html, and the result in a few lines.  Draws no image."""
     if not run.is_main:
         return
-    after, prompts = draw(policy, args, range(24))
-    with policy.reference():
-        before, _ = draw(policy, args, range(24))
-    pairs = torch.stack([before, after], 1).flatten(0, 1)
-    pictures.plot_curve(logger.rows(), run.dir / "curve.png", run.dir.name)
+    rows, why = logger.rows(), why_they_differ(args)
+    pictures.plot_curve(rows, run.dir / "curve.png", run.dir.name, why)
     phases = ("time/rollout", "time/reward", "time/update")
-    seconds = sum(row.get(key, 0.0) for row in logger.rows() for key in phases)
-    images = f"{args.eval_images} held-out images, same noise before and after"
-    print(f"{args.epochs} epochs, {seconds:.0f} s of training; {images}:")
+    seconds = sum(row.get(key, 0.0) for row in rows for key in phases)
+    images = f"; {args.eval_images} held-out images, same noise before and after:" if args.eval_images else ""
+    print(f"{args.epochs} epochs, {seconds:.0f} s of training{images}")
     summary = {"seed": args.seed, "epochs": args.epochs, "seconds": round(seconds, 1), "images": args.eval_images}
     summary["command"] = (run.dir / "command.txt").read_text().strip()
-    gains, scores = compare_scores(args, run)
-    if args.eval_images < len(prompts):
-        scores = None  # not all of these images were scored
-    texts, picture = [p.text for p in prompts], run.dir / "before_after.png"
-    pictures.image_grid(pairs, texts, picture, columns=4, pairs=True, scores=scores)
+    gains, both = compare_scores(args, run)
+    shown = show_pairs(args, run, summary["command"], gains, both) if both else {}
     write_json(run.dir / "summary.json", summary | gains)  # last: where it is, the run is finished
-    print(f"curve     {run.dir / 'curve.png'}")
-    print(f"pictures  {picture}")
+    print(why)
+    for what, path in ({"curve": run.dir / "curve.png"} | shown).items():
+        print(f"{what:9s} {path}")
     print(f"LoRA      pipe.load_lora_weights('{run.dir / 'checkpoints' / 'last'}')")
 
 
@@ -1192,20 +1236,79 @@ def unblank(scores: dict[str, list]) -> dict[str, list]:
     return {k: [math.nan if x is None else x for x in v] for k, v in scores.items()}
 
 
-def compare_scores(args, run) -> tuple[dict, list[tuple[float, float]] | None]:
-    """Means before and after, gains, standard errors of each score; (before, after) of each image."""
-    result = {"before": {}, "after": {}, "gain": {}, "gain_se": {}}
+def why_they_differ(args) -> str:
+    """One sentence on the gap between the training and the held-out reward."""
+    same = args.eval_kernel == "same"
+    reasons = ["with the sampler's noise" if same else "without the sampler's noise"]
+    reasons += [f"in {args.eval_steps} steps (training: {args.steps})"] if args.eval_steps != args.steps else []
+    reasons += [f"at guidance {args.eval_cfg:g} (training: {args.cfg:g})"] if args.eval_cfg != args.cfg else []
+    reasons += ["from averaged weights"] if args.ema_decay else []
+    reasons += ["on other prompts"] if args.eval_prompts else []
+    how = ", ".join(reasons)
+    return f"Held-out images are drawn {how}: compare held-out rewards with each other, not with training rewards."
+
+
+def compare_scores(args, run) -> tuple[dict, list[dict]]:
+    """Means before and after, gains, standard errors, how many images improved and worsened, by score; and the
+    scores themselves: {name: one number per image}, before and after."""
+    result = {"before": {}, "after": {}, "gain": {}, "gain_se": {}, "improved": {}, "worsened": {}}
     if not args.eval_images:
-        return result, None
+        return result, []
     files = [run.dir / "eval" / f"epoch_{epoch:04d}.json" for epoch in (0, args.epochs)]
-    before, after = (unblank(json.loads(file.read_text())) for file in files)
-    for key in (k for k in before if k != "prompts"):
-        old, new = (torch.tensor(scores[key], dtype=torch.float64) for scores in (before, after))
-        both = ~(old + new).isnan()
-        old, new = old[both], new[both]
+    both = [unblank(json.loads(file.read_text())) for file in files]
+    for key in (k for k in both[0] if k != "prompts"):
+        old, new = (torch.tensor(scores[key], dtype=torch.float64) for scores in both)
+        known = ~(old + new).isnan()
+        old, new = old[known], new[known]
         gain, error = (new - old).mean().item(), (new - old).std().item() / len(old) ** 0.5  # paired, over images
         found = {"before": old.mean().item(), "after": new.mean().item(), "gain": gain, "gain_se": error}
+        found |= {"improved": (new > old).sum().item(), "worsened": (new < old).sum().item()}
         for name, value in found.items():
             result[name][key] = value
-        print(f"  {key:20s} {old.mean():8.4f} -> {new.mean():8.4f}   gain {gain:+.4f} +- {error:.4f}")
-    return result, list(zip(before["reward"], after["reward"]))
+        images = f"{found['improved']} of {len(old)} improved, {found['worsened']} worsened"
+        print(f"  {key:15s} {old.mean():8.4f} -> {new.mean():8.4f}   gain {gain:+.4f} +- {error:.4f}   {images}")
+    return result, both
+
+
+def show_pairs(args, run, command: str, gains: dict, both: list[dict]) -> dict[str, Path]:
+    """before_after.png, 12 pairs at random and the 12 largest changes, and gallery.html with all; {what: file}."""
+    epochs, texts = (0, args.epochs), both[0]["prompts"]
+    files = [[held_out_file(run.dir, epoch, n) for n in range(args.eval_images)] for epoch in epochs]
+    if not all(file.exists() for part in files for file in part):
+        return {}  # another machine's process has drawn some
+    old, new = (torch.tensor(scores["reward"], dtype=torch.float64) for scores in both)
+    names = [name for name in both[0] if name != "prompts"]
+    failed = {n for scores in both for name in names for n, x in enumerate(scores[name]) if math.isnan(x)}
+    known = [n for n in range(len(old)) if n not in failed]
+    order = torch.randperm(len(known), generator=common.generator("pairs", args.seed)).tolist()
+    random = [known[n] for n in order[:12]]
+    largest = sorted((n for n in known if old[n] != new[n]), key=lambda n: -abs(new[n] - old[n]))[:12]
+    parts = []
+    for chosen, what in ((random, "at random"), (largest, "with the largest changes of the reward")):
+        images = [part[n] for n in chosen for part in files]
+        scores = [(old[n].item(), new[n].item()) for n in chosen]
+        if chosen:
+            heading = f"{len(chosen)} of {len(old)} held-out images, {what}"
+            parts.append((heading, pictures.read_images(images), [texts[n] for n in chosen], scores))
+    shown = {"pictures": run.dir / "before_after.png"}
+    pictures.stacked_sheets(parts, shown["pictures"])
+    if pictures.TEMPLATE.exists():
+        shown["gallery"] = run.dir / "gallery.html"
+        head = dict(title=run.dir.name, note="held-out prompts, same noise before and after", command=command)
+        write_gallery(shown["gallery"], head, gains, both, files, known)
+    return shown
+
+
+def write_gallery(path: Path, head: dict, gains: dict, both: list[dict], files: list[list[Path]], known) -> None:
+    """The page of eval.py with the run's first and last evaluation; `known`: the images that are scored."""
+    names = [name for name in both[0] if name not in ("prompts", "reward")]
+    summary = {"base": {}, "trained": {}}
+    for name in names:
+        summary["base"][name] = {"mean": gains["before"][name], "se": None}
+        summary["trained"][name] = {"mean": gains["after"][name], "se": None}
+        summary["trained"][name] |= {"difference": gains["gain"][name], "difference_se": gains["gain_se"][name]}
+    head |= dict(rewards=names, summary=summary)
+    scores = {m: {name: torch.tensor(s[name])[known, None] for name in names} for m, s in zip(summary, both)}
+    prompts = [common.Prompt(i, both[0]["prompts"][n], {}) for i, n in enumerate(known)]
+    shown = {model: [part[n] for n in known] for model, part in zip(summary, files)}
+    pictures.write_gallery(path, head, prompts, shown, scores, megabytes=24)

@@ -25,6 +25,7 @@ import common
 import eval as evaluation
 import eval_files
 import harness
+import pictures
 import rewards
 from judges import diversity, geneval
 
@@ -250,7 +251,7 @@ def test_files(result, world):
             assert entry["se"] == pytest.approx(per_prompt.std().item() / math.sqrt(3))
     for entry in found["per_prompt"]:
         for model, files in entry["files"].items():
-            pixels = eval_files.read_images([out / file for file in files])
+            pixels = pictures.read_images([out / file for file in files])
             rescored = probe(pixels, None).tolist()  # the scores are those of the files
             assert entry["images"][model][PROBE] == pytest.approx(rescored, abs=1e-6)
     text = (out / "results.md").read_text()
@@ -350,7 +351,7 @@ def test_stopped_says_how_to_go_on(problem, prompts, tmp_path, monkeypatch, caps
     def fail(*_, **__):
         raise problem
 
-    monkeypatch.setattr(eval_files, "save_image", fail)
+    monkeypatch.setattr(pictures, "save_image", fail)
     with pytest.raises(KeyboardInterrupt if isinstance(problem, KeyboardInterrupt) else SystemExit) as stop:
         main("--prompts", prompts, "--rewards", PROBE, "--num-prompts", 1, "--out", tmp_path)
     assert "the same command goes on from there" in capsys.readouterr().err + str(stop.value)
@@ -437,7 +438,7 @@ def test_diversity(world, prompts, tmp_path, monkeypatch):
     found = main(*argv, "--diversity", "diversity-clip")
     measure = diversity.load_diversity("diversity-clip", "cpu", str(harness.HERE / "tiny" / "clip"))
     for entry in found["per_prompt"]:
-        pixels = eval_files.read_images([tmp_path / file for file in entry["files"]["base"]])
+        pixels = pictures.read_images([tmp_path / file for file in entry["files"]["base"]])
         assert entry["mean"]["base"]["diversity-clip"] == pytest.approx(measure(pixels), abs=1e-6) != 0
         assert list(entry["images"]["base"]) == [PROBE]
     summary = found["summary"]["zero"]["diversity-clip"]

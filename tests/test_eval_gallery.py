@@ -21,7 +21,7 @@ from PIL import Image
 
 import common
 import eval as evaluation
-import eval_files
+import pictures
 
 TEXTS = ["a red circle", "two blue squares", "a <b>green</b> triangle </script> & more", 'a sign that says "Été"']
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome", "headless_shell")
@@ -160,11 +160,11 @@ def folder(root: Path, models: list[str], size=32, texts=TEXTS, per_prompt=2):
                 small = torch.randint(0, 256, (3, 4, 4), generator=generator, dtype=torch.uint8)
                 pixels = small.repeat_interleave(size // 4, 1).repeat_interleave(size // 4, 2)
                 files[model].append(root / "images" / model / f"{p:05d}-{k:02d}.png")
-                eval_files.save_image(pixels.permute(1, 2, 0).numpy(), files[model][-1])
+                pictures.save_image(pixels.permute(1, 2, 0).numpy(), files[model][-1])
                 scores[model]["alpha"][p, k], scores[model]["beta"][p, k] = score(i, p, k)
     head = dict(title="tiny", note="4 prompts x 2 images", command="python eval.py --preset tiny")
     head |= dict(rewards=["alpha", "beta"], summary=evaluation.summarise(scores))
-    eval_files.write_gallery(root / "gallery.html", head, prompts, files, scores, 24)
+    pictures.write_gallery(root / "gallery.html", head, prompts, files, scores, 24)
     return root / "gallery.html"
 
 
@@ -304,7 +304,7 @@ def test_one_file_without_links(tmp_path):
 
 def test_size_of_the_gallery(tmp_path):
     sizes = {512: 40e3, 384: 25e3, 256: 12e3, 192: 7e3, 128: 4e3}
-    fit = eval_files.fit_gallery
+    fit = pictures.fit_gallery
     assert fit(sizes, 100, 2, 2, 24e6) == (512, 2, 100)  # 16 MB
     assert fit(sizes, 100, 4, 2, 24e6) == (384, 4, 100)  # 20 MB
     assert fit(sizes, 100, 10, 2, 24e6) == (256, 10, 100)  # 24 MB
@@ -316,8 +316,8 @@ def test_size_of_the_gallery(tmp_path):
 
 
 def test_thumbnails_keep_their_shape(tmp_path):
-    eval_files.save_image(torch.full((256, 128, 3), 77, dtype=torch.uint8).numpy(), tmp_path / "a.png")
-    kind, data = eval_files.data_uri(tmp_path / "a.png", 64).split(",")
+    pictures.save_image(torch.full((256, 128, 3), 77, dtype=torch.uint8).numpy(), tmp_path / "a.png")
+    kind, data = pictures.data_uri(tmp_path / "a.png", 64).split(",")
     image = Image.open(io.BytesIO(base64.b64decode(data)))
     assert image.size == (32, 64) and kind.startswith("data:image/")
     assert abs(image.convert("RGB").getpixel((9, 9))[0] - 77) < 3

@@ -147,7 +147,7 @@ def test_a_reward_failing_in_an_evaluation_keeps_the_policys_own_weights(recorde
         seen.append(recorder.theta.detach().clone())
         if len(seen) > 1:
             raise Failure("server gone")
-        return {"reward": torch.ones(4)}
+        return {"reward": torch.ones(4)}, torch.zeros(4, 3, 8, 8)
 
     monkeypatch.setattr(harness, "score_held_out", held_out)
     recorder.args.eval_prompt_list = numbered(4)
@@ -187,6 +187,56 @@ def test_a_failing_reward_in_a_rollout_keeps_the_epochs_before(recorder, monkeyp
     assert checkpoints.load(recorder.run.dir)["epoch"] == 1
     with pytest.raises(ZeroDivisionError), recorder.made.scoring(1):  # anything else is a bug and shows itself
         raise ZeroDivisionError
+
+
+def test_the_end_of_a_run(recorder, monkeypatch, capsys):
+    """Counts by hand, pictures of the images that the evaluations drew, and a log without control characters."""
+    args, run, made = recorder.args, recorder.run, recorder.made
+    args.eval_images, args.epochs, args.eval_every, args.sample_every = 30, 2, 2, 2
+    vars(args).update(seed=0, eval_kernel="ode", steps=5, eval_steps=10, cfg=1.0, eval_cfg=1.0, eval_prompts="x")
+    args.eval_prompt_list = numbered(10)
+    (run.dir / "command.txt").write_text("python grpo.py\n")
+    (run.dir / "samples").mkdir()
+    shades = iter((0.0, 1.0))  # images before and after
+    scores = iter((torch.zeros(30), torch.tensor([1.0] * 7 + [-1.0] * 4 + [0.0] * 19)))
+
+    def held_out(*_):
+        value = next(scores)
+        return {"reward": value, "shapes": value}, torch.full((30, 3, 8, 8), next(shades))
+
+    monkeypatch.setattr(harness, "score_held_out", held_out)
+    monkeypatch.setattr(harness, "draw", None)  # nothing is drawn but by the evaluations
+    for epoch in made.epochs():
+        one_epoch(recorder, epoch)
+    made.finish()
+    found = json.loads((run.dir / "summary.json").read_text())
+    assert found["improved"] == {"reward": 7, "shapes": 7} and found["worsened"] == {"reward": 4, "shapes": 4}
+    assert found["gain"]["reward"] == pytest.approx(0.1)
+    said, noise = capsys.readouterr()
+    lines = said.splitlines()
+    assert lines[0] == "epoch 0/2  held-out 0.000" and lines[1].startswith("epoch 1/2  reward 1.500")
+    assert "held-out 0.100" in lines[2] and "\r" not in said + noise and "\x1b" not in said + noise
+    assert "7 of 30 improved, 4 worsened" in said and str(run.dir / "gallery.html") in said
+    assert "without the sampler's noise, in 10 steps (training: 5), from averaged weights, on other prompts" in said
+    with Image.open(run.dir / "before_after.png") as sheet:  # 12 at random, the 11 that changed: four in a row
+        assert sheet.size == (4 * 210, 2 * (34 + 3 * 150))
+        assert sheet.getpixel((48, 112)) == (0, 0, 0) and sheet.getpixel((148, 112)) == (255, 255, 255)
+        frames = [sheet.getpixel((1 + 210 * (n % 4), 484 + 94 + 150 * (n // 4))) for n in range(11)]
+        assert [f[1] > f[0] for f in frames] == [True] * 7 + [False] * 4
+    assert (run.dir / "gallery.html").read_text().count("data:image/png;base64,") == 60
+    assert sorted(file.name for file in run.dir.glob("samples/*")) == ["epoch_0000.png", "epoch_0002.png"]
+
+
+def test_without_held_out_images_nothing_is_drawn(recorder, monkeypatch):
+    args, run = recorder.args, recorder.run
+    args.eval_images, args.epochs, args.sample_every = 0, 1, 1
+    vars(args).update(seed=0, eval_kernel="same", steps=5, eval_steps=5, cfg=1.0, eval_cfg=1.0, eval_prompts="")
+    (run.dir / "command.txt").write_text("python grpo.py\n")
+    monkeypatch.setattr(harness, "draw", None)
+    for epoch in recorder.made.epochs():
+        one_epoch(recorder, epoch)
+    recorder.made.finish()
+    assert (run.dir / "summary.json").exists() and not (run.dir / "before_after.png").exists()
 
 
 # ---- logs and pictures ----------------------------------------------------------------------------------------------
@@ -246,15 +296,25 @@ def test_image_grid_of_pairs(tmp_path):
     images[1::2] = 1.0  # before black, after white
     pictures.image_grid(images, ["a", "b"], tmp_path / "pairs.png", columns=2, pairs=True)
     with Image.open(tmp_path / "pairs.png") as sheet:
-        assert sheet.size == (2 * (2 * 100 + 10), 96 + 40)
+        assert sheet.size == (2 * (2 * 100 + 10), 96 + 54)
         assert sheet.getpixel((48, 78)) == (0, 0, 0) and sheet.getpixel((100 + 48, 78)) == (255, 255, 255)
         assert sheet.getpixel((210 + 48, 78)) == (0, 0, 0)
-    both = [(0.0, 1.0), (0.5, 0.25)]
-    pictures.image_grid(images, ["a", "b"], tmp_path / "pairs.png", columns=2, pairs=True, scores=both)
+        under = [sheet.crop((x, 132, x + 96, 148)).convert("L") for x in (0, 100, 210, 310)]  # which side is which
+        assert all(min(part.getdata()) < 100 for part in under)
+        assert list(under[0].getdata()) != list(under[1].getdata())
+
+
+def test_stacked_sheets(tmp_path):
+    images, both = torch.zeros(4, 3, 32, 32), [(0.0, 1.0), (0.5, 0.25)]
+    parts = [("two", images, ["a", "b"], both), ("one", images[:2] + 1, ["c"], [(1.0, 1.0)])]
+    pictures.stacked_sheets(parts, tmp_path / "pairs.png", columns=2)
     with Image.open(tmp_path / "pairs.png") as sheet:
-        assert sheet.size == (2 * (2 * 100 + 10), 96 + 54)
-        rose, fell = sheet.getpixel((1, 60)), sheet.getpixel((211, 60))  # the frames
+        assert sheet.size == (2 * (2 * 100 + 10), 2 * (34 + 96 + 54))
+        rose, fell = sheet.getpixel((1, 94)), sheet.getpixel((211, 94))  # the frames
         assert rose[1] > max(rose[0], rose[2]) and fell[0] > max(fell[1:])
+        assert sheet.getpixel((48, 112)) == (0, 0, 0) and sheet.getpixel((48, 184 + 112)) == (255, 255, 255)
+        kept = sheet.getpixel((1, 184 + 94))
+        assert kept[0] == kept[1] == kept[2] < 255
 
 
 # ---- models ---------------------------------------------------------------------------------------------------------
