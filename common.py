@@ -155,6 +155,7 @@ class Policy:
         self.decode_batch_size, self.detach_uncond = decode_batch_size, detach_uncond
         self.uncond = self.encode([""])
         self.network_calls = 0
+        self.adapted: list[nn.Module] = []  # the layers with a LoRA, by add_lora()
 
     def grid(self, steps: int, kernel: str, level: float) -> "Grid":
         return make_grid(self.pipe.scheduler, self.kind, steps, kernel, level)
@@ -194,11 +195,14 @@ class Policy:
     @contextmanager
     def reference(self):
         """Adapters off: the frozen pretrained model."""
-        self.net.disable_adapters()
+        # the flag alone: peft's own switch also visits every weight, a twentieth of a small model's call
+        for layer in self.adapted:
+            layer._disable_adapters = True
         try:
             yield
         finally:
-            self.net.enable_adapters()
+            for layer in self.adapted:
+                layer._disable_adapters = False
 
     @contextmanager
     def whole_gradient(self):
@@ -230,6 +234,7 @@ def add_lora(policy: Policy, targets: list[str], rank: int, alpha: float, seed: 
     targets: endings of layer names, e.g. policy.backbone.attention.
     """
     from peft import LoraConfig
+    from peft.tuners.tuners_utils import BaseTunerLayer
 
     torch.manual_seed(seed)
     policy.net.add_adapter(
@@ -238,7 +243,21 @@ def add_lora(policy: Policy, targets: list[str], rank: int, alpha: float, seed: 
     params = [p for p in policy.net.parameters() if p.requires_grad]
     for p in params:
         p.data = p.data.float()  # a step of lr 1e-4 would be lost in a half-precision weight
+    policy.adapted = [m for m in policy.net.modules() if isinstance(m, BaseTunerLayer)]
+    for layer in policy.adapted if policy.dtype != torch.float32 else ():
+        parts = layer.lora_A["default"], layer.lora_B["default"]
+        if all(type(part) is nn.Linear for part in parts):
+            layer.cast_input_dtype_enabled = False  # peft would compute it, and keep its input, in float32
+            for part in parts:
+                part.__class__ = CastLinear
     return params
+
+
+class CastLinear(nn.Linear):
+    """A layer with float32 weights and gradients that computes in its input's precision."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(x, self.weight.to(x.dtype))
 
 
 def export_lora(policy: Policy, folder, about: dict[str, str] | None = None) -> None:
@@ -676,20 +695,17 @@ class EMA:
     @torch.no_grad()
     def update(self, decay: float | None = None) -> None:
         """shadow <- d shadow + (1 - d) weights."""
-        for s, p in zip(self.shadow, self.params):
-            s.lerp_(p, 1 - (self.decay if decay is None else decay))
+        torch._foreach_lerp_(self.shadow, self.params, 1 - (self.decay if decay is None else decay))
 
     @contextmanager
     @torch.no_grad()
     def applied(self):
         kept = [p.detach().clone() for p in self.params]
-        for p, s in zip(self.params, self.shadow):
-            p.copy_(s)
+        torch._foreach_copy_(self.params, self.shadow)
         try:
             yield
         finally:
-            for p, k in zip(self.params, kept):
-                p.copy_(k)
+            torch._foreach_copy_(self.params, kept)
 
     def state_dict(self) -> dict:
         return {"shadow": self.shadow}
@@ -708,7 +724,7 @@ class Optimiser:
     def __init__(self, parts, adam: dict, ema_decay=0.0, ema_every=1, ema_warmup=False, ema_repeats=1, scaler=None,
                  max_bad_steps=5):  # fmt: skip
         self.params, self.scaler = parts[0][0], scaler
-        self.parts = [(torch.optim.AdamW(weights, lr=lr, **adam), weights, norm) for weights, lr, norm in parts]
+        self.parts = [(torch.optim.AdamW(weights, lr=lr, foreach=True, **adam), weights, norm) for weights, lr, norm in parts]
         for p in [p for _, weights, _ in self.parts for p in weights] if world() > 1 else ():
             dist.broadcast(p.data, 0)  # the processes stay equal because they start equal and apply equal gradients
         self.ema, self.ema_every = EMA(self.params, ema_decay) if ema_decay else None, ema_every

@@ -64,3 +64,57 @@ def test_images_are_scored_in_pieces_of_whole_batches(decode, chunk):
     assert torch.equal(total, (2 * x0).flatten(1).sum(1) + 100 * number) and torch.equal(parts["number"], number)
     for what, size in (("decode", decode), ("reward", chunk)):
         assert seen[what] == [len(part) for part in x0.split(size)]
+
+
+@pytest.fixture(scope="module", params=["StableDiffusionPipeline", "StableDiffusion3Pipeline"])
+def half(request):
+    """An embedded model in bfloat16 whose LoRA has been moved, and the same in float32."""
+    found, backbone = [], common.BACKBONES[request.param]
+    folder = harness.HERE / "tiny" / ("sd15" if backbone.kind == "eps" else "sd35")
+    for dtype in (torch.bfloat16, torch.float32):
+        policy = common.Policy(backbone.load(folder, dtype, True), dtype=dtype, max_sequence_length=10)
+        params = common.add_lora(policy, backbone.attention, rank=4, alpha=8, seed=0)
+        for p in params:
+            p.data = 0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel()))
+        found.append((policy, params))
+    return found
+
+
+def outputs_and_gradients(policy, params):
+    """A call of the network, and the LoRA's gradient of a fixed functional of it."""
+    x, cond = torch.randn(4, 4, 8, 8, generator=torch.Generator().manual_seed(1)), policy.encode(["a red circle"] * 4)
+    o = policy.predict(x, torch.full((4,), 500.0), cond, 1.0)
+    target = torch.randn(o.shape, generator=torch.Generator().manual_seed(2))
+    grads = torch.autograd.grad((o * target).sum(), params)
+    return o.detach(), grads
+
+
+def test_lora_computes_in_the_bases_precision_with_float32_weights_and_gradients(half):
+    (policy, params), (full, full_params) = half
+    kinds, down = set(), [layer.lora_A["default"] for layer in policy.adapted]
+    hooks = [part.register_forward_hook(lambda _, x, y: kinds.update([x[0].dtype, y.dtype])) for part in down]
+    o, grads = outputs_and_gradients(policy, params)
+    assert kinds == {torch.bfloat16}  # peft would compute it, and keep a copy of its input, in float32
+    for hook in hooks:
+        hook.remove()
+    exact, full_grads = outputs_and_gradients(full, full_params)
+    assert all(p.dtype == g.dtype == torch.float32 for p, g in zip(params, grads))
+    assert (o - exact).abs().mean() < 0.02 * exact.abs().mean()
+    flat, full_flat = (torch.cat([g.flatten() for g in each]) for each in (grads, full_grads))
+    assert torch.cosine_similarity(flat, full_flat, 0) > 0.998
+    assert flat.norm() == pytest.approx(full_flat.norm().item(), rel=0.02)
+
+
+def test_reference_is_the_model_without_its_lora_and_leaves_it_as_it_was(half):
+    for policy, params in half:
+        with_lora, _ = outputs_and_gradients(policy, params)
+        x, texts = torch.randn(4, 4, 8, 8, generator=torch.Generator().manual_seed(1)), ["a red circle"] * 4
+        call = (x, torch.full((4,), 500.0), policy.encode(texts), 1.0)
+        with torch.no_grad():
+            with pytest.raises(KeyboardInterrupt), policy.reference():
+                o_ref = policy.predict(*call)
+                raise KeyboardInterrupt
+            assert torch.equal(policy.predict(*call), with_lora) and all(p.requires_grad for p in params)
+            policy.net.disable_adapters()
+            assert torch.equal(policy.predict(*call), o_ref) and not torch.equal(o_ref, with_lora)
+            policy.net.enable_adapters()
