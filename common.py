@@ -724,7 +724,8 @@ class Optimiser:
     def __init__(self, parts, adam: dict, ema_decay=0.0, ema_every=1, ema_warmup=False, ema_repeats=1, scaler=None,
                  max_bad_steps=5):  # fmt: skip
         self.params, self.scaler = parts[0][0], scaler
-        self.parts = [(torch.optim.AdamW(weights, lr=lr, foreach=True, **adam), weights, norm) for weights, lr, norm in parts]
+        adam = adam | {"foreach": True}  # the same numbers as weight by weight, in half the time on a CPU
+        self.parts = [(torch.optim.AdamW(weights, lr=lr, **adam), weights, norm) for weights, lr, norm in parts]
         for p in [p for _, weights, _ in self.parts for p in weights] if world() > 1 else ():
             dist.broadcast(p.data, 0)  # the processes stay equal because they start equal and apply equal gradients
         self.ema, self.ema_every = EMA(self.params, ema_decay) if ema_decay else None, ema_every
