@@ -31,6 +31,10 @@ Port:  copy the functions under "method": tensors in, tensors out; see docs/port
        Details of the method: docs/awm.md
 """
 
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: on a busy CPU, threads that spin cost ten times
+
 import functools
 import inspect
 import json

@@ -10,6 +10,10 @@ Run:   python eval.py --preset tiny --lora runs/NAME             # embedded mode
 Every preset, file and key: docs/eval.md.
 """
 
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: on a busy CPU, threads that spin cost ten times
+
 import csv
 import hashlib
 import importlib.util

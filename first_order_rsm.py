@@ -31,6 +31,10 @@ Port:  copy the functions under "method": tensors in, tensors out; see docs/port
        Details of the methods: docs/first_order_rsm.md
 """
 
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: on a busy CPU, threads that spin cost ten times
+
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial

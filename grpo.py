@@ -40,6 +40,10 @@ Port:  copy the functions under "method": tensors in, tensors out; see docs/port
        Details of the methods: docs/grpo.md
 """
 
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: on a busy CPU, threads that spin cost ten times
+
 import dataclasses
 
 import torch

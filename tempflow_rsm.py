@@ -33,6 +33,10 @@ Port:  copy the functions under "method": tensors in, tensors out; see docs/port
        Details of the methods: docs/tempflow_rsm.md
 """
 
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: on a busy CPU, threads that spin cost ten times
+
 import dataclasses
 import math
 from collections import defaultdict

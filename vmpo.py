@@ -34,6 +34,10 @@ Port:  copy diff_potential(), log_weights(), vmpo_loss(): tensors in, tensors ou
        docs/port.md.  Details of the method: docs/vmpo.md
 """
 
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: on a busy CPU, threads that spin cost ten times
+
 import torch
 from torch import nn
 
