@@ -452,7 +452,7 @@ def sample(policy, args, batch, epoch: int, desc: str) -> torch.Tensor:
         if not ours:
             # a fresh one, as multistep solvers have a memory; one generator a sample, so that
             # an image depends on no micro-batch
-            scheduler = make_scheduler(args, policy.pipe.scheduler.config)
+            scheduler = make_scheduler(args, policy.pipe.scheduler)
             keys = [("sampler", args.seed, epoch, batch.indices[j]) for j in n]
             x = scheduler_loop(args, scheduler, x, predict, [common.generator(*key) for key in keys])
         x0[n] = x
@@ -476,8 +476,8 @@ def scheduler_loop(args, scheduler, x: torch.Tensor, predict, generators) -> tor
     return x
 
 
-def make_scheduler(args, config):
-    """The diffusers scheduler of --sampler with the noise levels of the model's `config`."""
+def make_scheduler(args, model):
+    """The diffusers scheduler of --sampler with the noise levels of the model's own."""
     import diffusers
 
     options = dict(args.sampler_options)
@@ -486,12 +486,12 @@ def make_scheduler(args, config):
     flow, cls = args.kind == "flow", getattr(diffusers, args.sampler)
     if flow:
         options |= dict(prediction_type="flow_prediction", use_flow_sigmas=True)
-        options["flow_shift"] = config.shift
-    scheduler = cls.from_config({} if flow else config, **options)
+        options["flow_shift"] = model.config.shift
+    scheduler = cls.from_config({} if flow else model.config, **options)
     scheduler.set_timesteps(args.steps)
     if flow:
         if args.sampler_grid == "official":
-            official_grid(args, scheduler, config)
+            official_grid(args, scheduler, model)
         elif scheduler.sigmas[-1] > 0:
             # ours: SASolver and DEIS end at the last step's start, on a noisy latent
             scheduler.sigmas[-1] = 1e-3
@@ -500,14 +500,11 @@ def make_scheduler(args, config):
     return scheduler
 
 
-def official_grid(args, scheduler, config) -> None:
+def official_grid(args, scheduler, model) -> None:
     """NFT's times are the model's own; AWM's have t_0 = 0.999, t_{T-1} = t_{T-2} / 2.
 
     ref-code: AWM's tau is that of the time a step arrives at (diffusers: departs from).
     """
-    from diffusers import FlowMatchEulerDiscreteScheduler as Model
-
-    model = Model.from_config(config)
     model.set_timesteps(args.steps)
     scheduler.sigmas = sigmas = model.sigmas.clone()
     if args.sampler == "SASolverScheduler":
@@ -581,14 +578,14 @@ def check_scheduler(args) -> bool:
         fixed |= {"use_beta_sigmas", "use_lu_lambdas"}
     wrong = ", ".join(sorted(set(args.sampler_options) - (takes - fixed)))
     need(not wrong, f"--sampler-config cannot set {wrong} of {args.sampler} (tau: --sampler-noise)")
-    config = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0).config
+    model = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
     if not flow:
         rest = dict(clip_sample=False, set_alpha_to_one=False, steps_offset=1)
-        config = diffusers.DDIMScheduler(1000, 0.00085, 0.012, "scaled_linear", **rest).config
+        model = diffusers.DDIMScheduler(1000, 0.00085, 0.012, "scaled_linear", **rest)
     what = f"--sampler {args.sampler}, --steps {args.steps}, --sampler-config {args.sampler_config}"
     generators = [common.generator("trial", n) for n in range(2)]
     try:
-        scheduler = make_scheduler(args, config)
+        scheduler = make_scheduler(args, model)
         x0 = scheduler_loop(args, scheduler, torch.zeros(2, 4, 2, 2), lambda x, t: x, generators)
     except Exception as problem:  # whatever diffusers raises would end the first rollout
         said = " ".join([type(problem).__name__, *str(problem).split()])
@@ -599,8 +596,8 @@ def check_scheduler(args) -> bool:
 
 def sizes(args) -> dict[str, str]:
     """The lines of --dry-run."""
-    samples, passes = args.num_prompts * args.group_size, 2 if args.cfg != 1 else 1
-    noisings = args.train_timesteps * (2 if args.train_cfg != 1 else 1)
+    samples, passes = args.num_prompts * args.group_size, harness.network_passes(args, args.cfg)
+    noisings = args.train_timesteps * harness.network_passes(args, args.train_cfg)
     rows = samples * noisings * args.inner_epochs
     # theta_old is asked once for every image that comes after the first update
     later = samples if args.inner_epochs > 1 else samples - samples // args.updates_per_epoch

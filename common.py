@@ -33,6 +33,7 @@ class SD15:
     """Stable Diffusion 1.5: a UNet that predicts the noise epsilon, on DDIM steps of its training schedule."""
 
     kind, part = "eps", "unet"  # what the network predicts; its name in the pipeline and in a LoRA file
+    distilled = False  # True: the guidance is an input of the network, there is no unconditional branch
     kernels = ("ddim", "ancestral", "ode")
     attention = ("to_q", "to_k", "to_v", "to_out.0")
     mlp = ("ff.net.0.proj", "ff.net.2")
@@ -46,7 +47,12 @@ class SD15:
         return StableDiffusionPipeline.from_pretrained(path, dtype=dtype, **off)
 
     @staticmethod
-    def scheduler(given):
+    def latents(config):
+        """Channels of the latent, and its usual height and width."""
+        return config.in_channels, config.sample_size
+
+    @staticmethod
+    def scheduler(given, latent_shape):
         """DDIM with the model's own noise schedule, whatever its default sampler is (as DDPO does)."""
         from diffusers import DDIMScheduler
 
@@ -59,7 +65,7 @@ class SD15:
         return pipe.encode_prompt(texts, device, 1, False)[0], None
 
     @staticmethod
-    def forward(net, x, t, embeds, pooled):
+    def forward(net, x, t, embeds, pooled, guidance=1.0):
         return net(x, t, embeds, return_dict=False)[0]
 
     @staticmethod
@@ -70,7 +76,7 @@ class SD15:
 class SD35:
     """Stable Diffusion 3 and 3.5: a transformer that predicts the velocity noise - data of a rectified flow."""
 
-    kind, part = "flow", "transformer"
+    kind, part, distilled = "flow", "transformer", False
     kernels = ("flow_sde", "dance", "ancestral", "cps", "ode")
     # "attn.": the joint attention of each block, as in the official codes, not SD3.5-M's second one, attn2
     attention = tuple(f"attn.{name}" for name in SD15.attention)
@@ -85,8 +91,10 @@ class SD35:
         off = {} if t5 else dict(text_encoder_3=None, tokenizer_3=None)
         return StableDiffusion3Pipeline.from_pretrained(path, dtype=dtype, **off)
 
+    latents = SD15.latents
+
     @staticmethod
-    def scheduler(given):
+    def scheduler(given, latent_shape):
         return given
 
     @staticmethod
@@ -96,7 +104,7 @@ class SD35:
         return embeds, pooled
 
     @staticmethod
-    def forward(net, x, t, embeds, pooled):
+    def forward(net, x, t, embeds, pooled, guidance=1.0):
         return net(x, embeds, pooled, t, return_dict=False)[0]
 
     @staticmethod
@@ -104,7 +112,60 @@ class SD35:
         return x0 / config.scaling_factor + config.shift_factor
 
 
-BACKBONES = {"StableDiffusionPipeline": SD15, "StableDiffusion3Pipeline": SD35}  # by the pipeline's class
+class Flux:
+    """FLUX.1-dev: a rectified flow as SD3.5, distilled so that the guidance is an input and one call is enough."""
+
+    kind, part, distilled = "flow", "transformer", True
+    kernels, attention, mlp = SD35.kernels, SD35.attention, SD35.mlp
+    encoders = ("text_encoder", "text_encoder_2")
+    to_vae = SD35.to_vae
+
+    @staticmethod
+    def load(path, dtype, t5):
+        from diffusers import FluxPipeline
+
+        return FluxPipeline.from_pretrained(path, dtype=dtype)
+
+    @staticmethod
+    def latents(config):
+        return config.in_channels // 4, 128  # the network sees 2 x 2 squares of the latent as one token
+
+    @staticmethod
+    def scheduler(given, latent_shape):
+        """The model's own times: t = 1, 1 - 1/T, ..., 1/T, shifted towards 1 by e^mu, more for larger images."""
+        from diffusers import FlowMatchEulerDiscreteScheduler
+
+        c, tokens = given.config, latent_shape[1] * latent_shape[2] // 4
+        slope = (c.max_shift - c.base_shift) / (c.max_image_seq_len - c.base_image_seq_len)
+        mu = c.base_shift + slope * (tokens - c.base_image_seq_len)
+
+        class AtThisResolution(FlowMatchEulerDiscreteScheduler):
+            def set_timesteps(self, steps, device=None):
+                super().set_timesteps(sigmas=[1 - i / steps for i in range(steps)], mu=mu, device=device)
+
+        return AtThisResolution.from_config(c, shift=math.exp(mu) if c.use_dynamic_shifting else c.shift)
+
+    @staticmethod
+    def encode(pipe, texts, device, length):
+        return pipe.encode_prompt(texts, device=device, max_sequence_length=length)[:2]
+
+    @staticmethod
+    def forward(net, x, t, embeds, pooled, guidance=1.0):
+        b, c, h, w = x.shape[0], x.shape[1], x.shape[2] // 2, x.shape[3] // 2
+        tokens = x.view(b, c, h, 2, w, 2).permute(0, 2, 4, 1, 3, 5).reshape(b, h * w, 4 * c)
+        row, column = torch.arange(h, device=x.device), torch.arange(w, device=x.device)
+        places = torch.cartesian_prod(row.new_zeros(1), row, column)  # (h w, 3); the text's are 0
+        texts = places.new_zeros(embeds.shape[1], 3)
+        scale = torch.full_like(t, guidance) if net.config.guidance_embeds else None
+        o = net(tokens, embeds, pooled, t / 1000, places, texts, scale, return_dict=False)[0]
+        return o.view(b, h, w, c, 2, 2).permute(0, 3, 1, 4, 2, 5).reshape(x.shape)
+
+
+BACKBONES = {  # by the pipeline's class
+    "StableDiffusionPipeline": SD15,
+    "StableDiffusion3Pipeline": SD35,
+    "FluxPipeline": Flux,
+}
 
 
 @dataclass
@@ -112,7 +173,7 @@ class Cond:
     """Text conditions of B samples: the unique prompts' embeddings, and which of them each sample has."""
 
     embeds: torch.Tensor  # (U, L, D)
-    pooled: torch.Tensor | None  # (U, D') for SD3.5
+    pooled: torch.Tensor | None  # (U, D') for SD3.5 and FLUX
     index: torch.Tensor  # (B,) into the U unique prompts
 
     def __getitem__(self, rows) -> "Cond":
@@ -140,18 +201,21 @@ class Policy:
         self.pipe, self.device, self.dtype = pipe, torch.device(device), dtype
         self.backbone = BACKBONES[type(pipe).__name__]
         self.kind, self.net = self.backbone.kind, getattr(pipe, self.backbone.part)
-        pipe.scheduler = self.backbone.scheduler(pipe.scheduler)
         self.encoders = [e for name in self.backbone.encoders if (e := getattr(pipe, name)) is not None]
         self.max_sequence_length, self.offload = max_sequence_length, offload_text_encoders
         self.vae = pipe.vae.to(self.device).float().eval().requires_grad_(False)
         self.net.to(self.device).eval().requires_grad_(False)
         for encoder in self.encoders:
             encoder.to("cpu" if self.offload else self.device).eval().requires_grad_(False)
+        if self.backbone.distilled and not self.net.config.guidance_embeds:
+            raise UsageError("this FLUX takes no guidance (as FLUX.1-schnell); give FLUX.1-dev or a model made from it")
         pixels = pipe.vae_scale_factor
-        self.resolution = resolution or self.net.config.sample_size * pixels
+        channels, usual = self.backbone.latents(self.net.config)
+        self.resolution = resolution or usual * pixels
         if self.resolution % (2 * pixels):
             raise UsageError(f"--resolution {self.resolution} must be a multiple of {2 * pixels} for this model")
-        self.latent_shape = (self.net.config.in_channels, self.resolution // pixels, self.resolution // pixels)
+        self.latent_shape = (channels, self.resolution // pixels, self.resolution // pixels)
+        pipe.scheduler = self.backbone.scheduler(pipe.scheduler, self.latent_shape)
         self.decode_batch_size, self.detach_uncond = decode_batch_size, detach_uncond
         self.uncond = self.encode([""])
         self.network_calls = 0
@@ -177,12 +241,15 @@ class Policy:
         return Cond(torch.cat(embeds).to(self.dtype), pooled, index)
 
     def predict(self, x_t: torch.Tensor, timestep: torch.Tensor, cond: Cond, cfg: float) -> torch.Tensor:
-        """Guided network output o_u + cfg (o_c - o_u), float32 (B, C, h, w), in one batched call; timestep (B,)."""
+        """Guided network output o_u + cfg (o_c - o_u), float32 (B, C, h, w), in one batched call; timestep (B,).
+
+        A distilled model gives it at once: it takes cfg as an input, 1 included.
+        """
         self.network_calls += 1
         embeds, pooled = cond.embeds[cond.index], None if cond.pooled is None else cond.pooled[cond.index]
         x, t = x_t.to(self.dtype), timestep
-        if cfg == 1:
-            return self.backbone.forward(self.net, x, t, embeds, pooled).float()
+        if cfg == 1 or self.backbone.distilled:
+            return self.backbone.forward(self.net, x, t, embeds, pooled, cfg).float()
         embeds = torch.cat([self.uncond.embeds.expand(len(embeds), -1, -1), embeds])
         if pooled is not None:
             pooled = torch.cat([self.uncond.pooled.expand(len(pooled), -1), pooled])

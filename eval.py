@@ -59,7 +59,8 @@ PRESETS = {
     "tiny": TINY | dict(model="tiny-sd35"),
     "tiny-sd15": TINY | dict(model="tiny-sd15"),
 }  # fmt: skip
-SAMPLER = {"eps": (50, 5.0), "flow": (40, 4.5)}  # steps and cfg where neither flag nor preset says
+# steps and cfg where neither flag nor preset says
+SAMPLER = {common.SD15: (50, 5.0), common.SD35: (40, 4.5), common.Flux: (28, 3.5)}
 # of a run's args.json: what --panel takes over as it is
 SAME = "reward_path resolution max_sequence_length model t5 dtype decode_batch_size reward_batch_size".split()
 
@@ -78,12 +79,12 @@ def parse_args(argv=None):
     flag("--reward-path", [], "text", "local weights, also of --diversity", nargs="*", metavar="[NAME=]PATH")
     flag("--diversity", "none", ["none", *rewards.DIVERSITY], "of a prompt's K images (paper: dreamsim)")
     flag = harness.flags(parser, "sampling")
-    flag("--steps", None, "int >= 2", "T; default 50 for SD1.5, 40 for SD3.5 (Flow-GRPO)")
+    flag("--steps", None, "int >= 2", "T; default 50 for SD1.5, 40 for SD3.5, 28 for FLUX (Flow-GRPO)")
     flag("--kernel", "ode", [*harness.NOISE_LEVEL], "ode = deterministic; others: the trainers'")
     flag("--noise-level", None, "float", "of a stochastic kernel; default: the trainers'")
-    flag("--cfg", None, "float finite", "guidance; default 5 SD1.5, 4.5 SD3.5 (paper); 1 = off")
+    flag("--cfg", None, "float finite", "guidance; default 5 SD1.5, 4.5 SD3.5 (paper), 3.5 FLUX; 1 = off")
     flag("--resolution", None, "int >= 1", "pixels per side; default 512 for SD, else the model's")
-    flag("--max-sequence-length", 256, "int >= 1", "T5 tokens of SD3.5; the embedded model: 10")
+    flag("--max-sequence-length", 256, "int >= 1", "T5 tokens of SD3.5 and FLUX; the embedded model: 10")
     flag("--seed", 0, "int", "of the noise")
     flag = harness.flags(parser, "model and performance")
     flag("--model", "sd15", "text", f"{', '.join(harness.MODELS)}, a hub id or a diffusers folder")
@@ -159,7 +160,7 @@ def check_args(args) -> None:
         most = 1 if args.kernel in ("ddim", "ancestral", "cps") else float("inf")
         need(0 < level <= most, f"--noise-level {level} of {args.kernel} must be in (0, {most}]")
     args.noise_level = harness.NOISE_LEVEL[args.kernel] if level is None else level
-    steps, cfg = SAMPLER[args.kind]
+    steps, cfg = SAMPLER[args.backbone]
     args.steps, args.cfg = args.steps or steps, cfg if args.cfg is None else args.cfg
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "cpu"

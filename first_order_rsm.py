@@ -658,7 +658,7 @@ def check_folder(args, flag: str, path: str, file: str, what: str) -> None:
 
 def sizes(args) -> dict[str, str]:
     """The lines of --dry-run."""
-    samples, passes = args.num_prompts * args.group_size, 2 if args.cfg != 1 else 1
+    samples, passes = args.num_prompts * args.group_size, harness.network_passes(args, args.cfg)
     rows, learned = len(intervals(args)), args.value_net or args.flow_net
     replayed, backward = rows * bool(args.replay_size), bool(args.backward_coef)
     gradients, asked = rows * (1 + backward), 0  # in x_s, and in x_t

@@ -486,7 +486,7 @@ def check_noise(args, trainable: list[int]) -> None:
 def sizes(args) -> dict[str, str]:
     """The lines of --dry-run."""
     samples, train = args.num_prompts * args.group_size, args.sde_window or args.train_steps
-    passes, rows = 2 if args.cfg != 1 else 1, samples * trained_steps(args, args.train_steps)
+    passes, rows = harness.network_passes(args, args.cfg), samples * trained_steps(args, args.train_steps)
     window = f"{args.sde_window} of {args.steps}, {args.sde_window_mode}"
     rollout, trained = samples * args.steps * passes, rows * args.inner_epochs * passes
     reference = samples * train * passes * needs_reference(args)

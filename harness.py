@@ -35,6 +35,7 @@ SHARED = ("common.py", "harness.py", "checkpoints.py", "pictures.py", "rewards.p
 MODELS = {  # name: folder or hub id, pipeline, latent channels, pixels per latent, papers' resolution, parameters (M)
     "sd15": ("stable-diffusion-v1-5/stable-diffusion-v1-5", "StableDiffusionPipeline", 4, 8, 512, 860),
     "sd3.5-medium": ("stabilityai/stable-diffusion-3.5-medium", "StableDiffusion3Pipeline", 16, 8, 512, 2243),
+    "flux.1-dev": ("black-forest-labs/FLUX.1-dev", "FluxPipeline", 16, 8, 512, 11901),
     "tiny-sd15": (str(HERE / "tiny" / "sd15"), "StableDiffusionPipeline", 4, 4, 32, 1.1),
     "tiny-sd35": (str(HERE / "tiny" / "sd35"), "StableDiffusion3Pipeline", 4, 4, 32, 1.3),
 }
@@ -160,12 +161,12 @@ def add_args(parser) -> None:
     flag("--steps", 50, "int", "T: sampler steps (VMPO: 50 for SD1.5, 10 for SD3.5, App. D)")
     flag("--kernel", "auto", ["auto", *NOISE_LEVEL], "transition kernel; auto = ddim for SD1.5, flow_sde for SD3.5")
     flag("--noise-level", None, "float", "eta of ddim (DDPO: 1), level of flow_sde (0.7), dance (0.3), cps (0.8)")
-    flag("--cfg", 5.0, "float finite", "guidance in rollout and training (VMPO: 5 SD1.5, 4.5 SD3.5, App. D); 1 = off")
+    flag("--cfg", 5.0, "float finite", "guidance in rollout and training (VMPO: 5 SD1.5, 4.5 SD3.5, App. D; Flow-GRPO: 3.5 FLUX); 1 = off")
     flag("--shared-noise", False, "yes/no", "the K images of a prompt start from the same x_T (DanceGRPO)")
     flag("--detach-uncond", False, "yes/no", "no gradient through the unconditional branch (VGG-Flow)")
     flag("--train-fraction", None, "float", "leading part of the T steps that is trained; default 1 SD1.5, 0.99 SD3.5")
     flag("--resolution", None, "int >= 1", "pixels per side (papers: 512, the default); other models: their own")
-    flag("--max-sequence-length", 256, "int >= 1", "length of SD3.5's T5 part of the text (Flow-GRPO: 128)")
+    flag("--max-sequence-length", 256, "int >= 1", "length of SD3.5's and FLUX's T5 part of the text (Flow-GRPO: 128)")
 
     flag = flags(parser, "optimisation")
     flag("--epochs", 150, "int >= 1", "rollout-update rounds (VMPO: 150, App. D)")
@@ -495,7 +496,11 @@ def find_model(name: str) -> tuple[str, type]:
 def use_model(args) -> None:
     """Fills in what follows from --model: its place, backbone, kind and the papers' resolution."""
     args.model_path, args.backbone = find_model(args.model)
-    args.kind = args.backbone.kind
+    args.kind, distilled = args.backbone.kind, args.backbone.distilled
+    blind = f"--no-t5: --model {args.model} has its text from T5 alone"
+    need(args.t5 or not distilled, blind, "leave it out (--offload-text-encoders frees its memory after encoding)")
+    idle = f"--detach-uncond: --model {args.model} is distilled and has no unconditional branch"
+    need(not distilled or not args.detach_uncond, idle, "leave it out, or give --no-detach-uncond")
     if args.model in MODELS:
         args.resolution = args.resolution or MODELS[args.model][4]
 
@@ -551,6 +556,11 @@ def check_lora_targets(net, args) -> None:
 def lora_targets(args) -> list[str]:
     named = {"attention": args.backbone.attention, "attention+mlp": args.backbone.attention + args.backbone.mlp}
     return list(named.get(args.lora_targets) or [t.strip() for t in args.lora_targets.split(",") if t.strip()])
+
+
+def network_passes(args, cfg: float) -> int:
+    """Network evaluations of one guided output: two branches, unless guidance is off or an input of the network."""
+    return 1 if cfg == 1 or args.backbone.distilled else 2
 
 
 def latent_size(args) -> int | None:

@@ -729,7 +729,7 @@ def sizes(args) -> dict[str, str]:
     latents = 2 * (2 * states + samples * children) + reference + states * bool(reference)
     latents += samples * (leaves + args.steps + 1)
     what = f"{latents} latents: noise, leaves, and twice states, outputs and draws"
-    passes = 2 if args.cfg != 1 else 1
+    passes = harness.network_passes(args, args.cfg)
     first, twice = samples * calls * passes, samples * (calls + rows) * passes
     again = f"({twice} if parents were evaluated again)"
     update = f"{states * passes * args.inner_epochs} with gradient"

@@ -494,7 +494,7 @@ def check(args):
 
 def sizes(args) -> dict[str, str]:
     """The lines of --dry-run."""
-    samples, passes = args.num_prompts * args.group_size, 2 if args.cfg != 1 else 1
+    samples, passes = args.num_prompts * args.group_size, harness.network_passes(args, args.cfg)
     rows, gradient = samples * (args.random_steps or args.train_steps), args.objective in GRADIENT
     along = args.potential != "r2g" and args.diff_reward == "rollout" and not gradient
     scored = samples * (1 + along * min(args.train_steps + 1, args.steps) + gradient * (args.steps + 1))

@@ -700,13 +700,13 @@ def test_the_start_of_an_image_does_not_depend_on_the_draws_after_it(monkeypatch
 def test_sampler_noise_is_tau_between_300_and_900(kind):
     flags = ["--sampler", "SASolverScheduler", "--steps", 14, "--sampler-noise"]
     policy = GaussianPolicy(kind)
-    tau = awm.make_scheduler(arguments(kind, *flags, 0.4), policy.pipe.scheduler.config).tau_func
+    tau = awm.make_scheduler(arguments(kind, *flags, 0.4), policy.pipe.scheduler).tau_func
     assert [tau(t) for t in (0, 299, 300, 600, 900, 901, 1000)] == [0, 0, 0.4, 0.4, 0.4, 0, 0]
     batch = gaussian_batch(policy, 2, 0)
     for noise in (0, 0.4):  # the epoch is the key of the scheduler's draws, the start is the same
         one, two = (awm.sample(policy, arguments(kind, *flags, noise), batch, epoch, "") for epoch in (0, 1))
         assert torch.equal(one, two) == (noise == 0)
-    default = awm.make_scheduler(arguments(kind, *flags[:-1]), policy.pipe.scheduler.config).tau_func
+    default = awm.make_scheduler(arguments(kind, *flags[:-1]), policy.pipe.scheduler).tau_func
     assert [default(t) for t in (199, 250, 850)] == [0, 1, 0]  # diffusers' own
 
 
@@ -721,7 +721,7 @@ def test_the_network_is_told_the_time_of_x(sampler):
     u = torch.linspace(1, 1e-3, 8, dtype=F64)[1:]  # diffusers: alpha evenly, then the shift
     sigmas = (3 * (1 - u) / (1 + 2 * (1 - u))).flip(0)
     told = torch.stack([time[0] for _, time, _ in policy.seen]).double()
-    made = awm.make_scheduler(arguments("flow", "--sampler", sampler, "--steps", 7), policy.pipe.scheduler.config)
+    made = awm.make_scheduler(arguments("flow", "--sampler", sampler, "--steps", 7), policy.pipe.scheduler)
     close(told / 1000, made.sigmas[:7].double(), 1e-6)
     if sampler != "UniPCMultistepScheduler":  # whose grid starts a little later
         close(told / 1000, sigmas, 1e-6)
@@ -760,7 +760,7 @@ def test_official_grid_of_sasolver_is_the_authors_sampler(noise):
     policy = GaussianPolicy("flow")
     args = arguments("flow", *"--sampler SASolverScheduler --sampler-grid official --steps 14".split(),
                      "--sampler-noise", noise)  # fmt: skip
-    scheduler = awm.make_scheduler(args, policy.pipe.scheduler.config)
+    scheduler = awm.make_scheduler(args, policy.pipe.scheduler)
     close(scheduler.sigmas.double(), RELEASED, 1e-5)
     noisy = [scheduler.tau_func(t) > 0 for t in scheduler.timesteps]
     assert sum(noisy) == (8 if noise else 0) and (not noise or noisy[3:11] == [True] * 8)  # arrivals .87145 ... .35737

@@ -27,6 +27,7 @@ import common
 import first_order_rsm as fo
 import harness
 import rewards
+from benchmarks import random_model
 
 ROOT = Path(__file__).resolve().parent.parent
 F64 = torch.float64
@@ -1357,7 +1358,7 @@ def test_lora_of_the_flow_presets_is_that_of_the_authors(capsys):
 
     args = fo.parse_args(["--preset", "tiny", "--lora-targets", fo.PRESETS["rsm-sd35-hpsv2"]["lora_targets"]])
     with torch.device("meta"):
-        net = Transformer.from_config(json.loads((ROOT / "benchmarks/configs/sd3.5-medium.json").read_text()))
+        net = Transformer.from_config(random_model.parts_of("sd3.5-medium")["transformer"])
         net.add_adapter(LoraConfig(r=8, lora_alpha=8, target_modules=harness.lora_targets(args)))
     weights = {n: p.numel() for n, p in net.named_parameters() if "lora" in n}
     layers = {n.split(".lora_")[0] for n in weights}

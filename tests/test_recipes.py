@@ -15,7 +15,7 @@ import grpo
 import harness
 import tempflow_rsm
 import vmpo
-from benchmarks import recipes
+from benchmarks import random_model, recipes
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = {s.__name__: s for s in (vmpo, awm, grpo, tempflow_rsm, first_order_rsm)}
@@ -26,7 +26,8 @@ GOLDEN = json.loads((ROOT / "tests" / "golden" / "recipes.json").read_text())
 def network(name):
     import diffusers
 
-    config = json.loads((ROOT / "benchmarks" / "configs" / f"{name}.json").read_text())
+    parts = random_model.parts_of(name)
+    config = parts.get("unet") or parts["transformer"]
     with torch.device("meta"):
         return getattr(diffusers, config["_class_name"]).from_config(config)
 
