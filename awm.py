@@ -59,6 +59,13 @@ RELEASE = dict(
     lag_coef=1.0, ema_decay=0.99, ema_every=1,
     note=CODE + "t of each image (code: of the micro-batch)",
 )  # fmt: skip
+# FLUX.1-dev: there is no released configuration; its guidance is an input of the network
+FLUX = dict(
+    model="flux.1-dev", lora_rank=64, lora_alpha=128, lora_targets="attention+mlp",
+    steps=6, eval_steps=28, cfg=3.5, train_cfg=3.5, noise_level=0.9, dtype="bfloat16",
+    note=PAPER + ", nor noise level and LoRA layers (Flow-GRPO's FLUX run's); trained at the rollout's "
+    "guidance, which here is an input (paper: no guidance in training)",
+)  # fmt: skip
 # the rewards as Flow-GRPO's and the official code compute them (docs/rewards.md)
 GENEVAL = dict(
     reward="geneval-reward-flowgrpo", prompts="prompts/geneval_train.jsonl",
@@ -80,6 +87,9 @@ PRESETS = {
     "awm-ocr": dict(note=PAPER),  # the defaults are this experiment
     "awm-geneval": GENEVAL | dict(note=PAPER),
     "awm-pickscore": PICK | dict(beta=0.01, note=PAPER),
+    # Table 2, FLUX: text rendering, PickScore
+    "awm-flux-ocr": FLUX,
+    "awm-flux-pickscore": FLUX | PICK | dict(beta=0.01),
     # the configurations of the official code, a later recipe than the paper's
     "release-ocr": RELEASE | dict(beta=0.003),
     "release-geneval": RELEASE | GENEVAL | dict(beta=0.001),

@@ -208,7 +208,7 @@ class Policy:
         for encoder in self.encoders:
             encoder.to("cpu" if self.offload else self.device).eval().requires_grad_(False)
         if self.backbone.distilled and not self.net.config.guidance_embeds:
-            raise UsageError("this FLUX takes no guidance (as FLUX.1-schnell); give FLUX.1-dev or a model made from it")
+            raise UsageError("this FLUX takes no guidance, as FLUX.1-schnell; give FLUX.1-dev or one made from it")
         pixels = pipe.vae_scale_factor
         channels, usual = self.backbone.latents(self.net.config)
         self.resolution = resolution or usual * pixels

@@ -76,6 +76,14 @@ PRESETS = {
     # Flow-GRPO: SD3.5-M, text rendering and GenEval; KL weight of the released configuration
     "flowgrpo-sd35-ocr": OCR,
     "flowgrpo-sd35-geneval": GENEVAL,
+    # Flow-GRPO: FLUX.1-dev, PickScore; 512 pixels, distilled guidance, no KL
+    "flowgrpo-flux": SD35 | dict(
+        model="flux.1-dev", steps=6, eval_steps=28, cfg=3.5, noise_level=0.9, dtype="bfloat16",
+        lora_rank=64, lora_alpha=128, lora_targets="attention+mlp", micro_batch_size=3,
+        ema_repeats=6, kl="none", drop_zero_advantage=False, reward="pickscore26",
+        prompts="prompts/pickscore_train.txt", eval_prompts="prompts/pickscore_test.txt",
+        note="150 epochs (theirs: until stopped); states in float32 (theirs: rounded to bfloat16)",
+    ),
     # Flow-GRPO-Fast as released for SD3.5 without guidance: GenEval, three CPS steps in the
     # noisy half, no KL.  Its 1e-5 clips a log-prob without our 1 / 2 sigma^2; in steps 0-4
     # 2 sigma^2 is 1.67 ... 0.91, so that 1e-5 is nearly the same here

@@ -161,7 +161,7 @@ def add_args(parser) -> None:
     flag("--steps", 50, "int", "T: sampler steps (VMPO: 50 for SD1.5, 10 for SD3.5, App. D)")
     flag("--kernel", "auto", ["auto", *NOISE_LEVEL], "transition kernel; auto = ddim for SD1.5, flow_sde for SD3.5")
     flag("--noise-level", None, "float", "eta of ddim (DDPO: 1), level of flow_sde (0.7), dance (0.3), cps (0.8)")
-    flag("--cfg", 5.0, "float finite", "guidance in rollout and training (VMPO: 5 SD1.5, 4.5 SD3.5, App. D; Flow-GRPO: 3.5 FLUX); 1 = off")
+    flag("--cfg", 5.0, "float finite", "guidance in rollout, training (VMPO: 5 SD1.5, 4.5 SD3.5; FLUX: 3.5); 1 = off")
     flag("--shared-noise", False, "yes/no", "the K images of a prompt start from the same x_T (DanceGRPO)")
     flag("--detach-uncond", False, "yes/no", "no gradient through the unconditional branch (VGG-Flow)")
     flag("--train-fraction", None, "float", "leading part of the T steps that is trained; default 1 SD1.5, 0.99 SD3.5")

@@ -121,7 +121,7 @@ def test_flux_is_one_network_call_with_the_guidance_as_an_input(folders, monkeyp
 
 @pytest.mark.parametrize("resolution", [256, 512, 768, 1024])
 def test_flux_times_are_the_pipelines(resolution):
-    """mu = .5 at 256 tokens (16 x 16 pixels each), 1.15 at 4096, a line between them; t -> e^mu t / (1 + (e^mu - 1) t)."""
+    """mu = .5 at 256 tokens (16 x 16 pixels each), 1.15 at 4096, a line between; t -> e^mu t / (1 + (e^mu - 1) t)."""
     from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 
     config = {k: v for k, v in random_model.parts_of("flux")["scheduler"].items() if k != "_class_name"}

@@ -59,6 +59,15 @@ def test_lora_layers_of_rsms_first_order_run():
     assert any("attn2" in n for n in layers) and not any("add_" in n for n in layers)
 
 
+def test_lora_layers_of_flux_are_flow_grpos():
+    """Attention and feed-forward of the 19 double blocks, q, k, v of the 38 single ones (their proj_* are none)."""
+    net = network("flux")
+    assert sum(p.numel() for p in net.parameters()) / 1e6 == pytest.approx(11901, abs=1)
+    layers, size = adapted(net, common.Flux.attention + common.Flux.mlp, 64)
+    assert len(layers) == 19 * 12 + 38 * 3
+    assert size == 64 * 3072 * (19 * (8 * 2 + 4 * 5) + 38 * 3 * 2)  # rank x (in + out); feed-forward is 4 x as wide
+
+
 def test_lora_layers_of_sd15():
     """Both attentions of every block of the UNet: 16 blocks x 2 x 4."""
     layers, _ = adapted(network("sd15"), common.SD15.attention, 4)
