@@ -1200,6 +1200,8 @@ class Recorder:
             module.load_state_dict(state[name])
 
     def _save(self) -> None:
+        if not self.kept:  # in all processes but the first
+            return
         epoch, state = self.kept
         about = header(self.args, self.run, epoch)
         checkpoints.save(self.run.dir, self.policy, epoch, state, self.optimiser.ema, self.args.keep, about)
