@@ -204,6 +204,7 @@ GENEVAL = "code MIT", False, HF, "CLIP_FOLDER,DETECTOR_FOLDER", COCO, "judges.ge
 OCR = "Apache-2.0", False, ("rapidocr", "onnxruntime"), "", {}, "judges.ocr:ocr_target"
 SHAPES = "MIT", False, ("scipy",), "", {}, "tiny.shapes:parse"
 SERVED = "your server's", False, PNG, "URL"
+ASKED = {}, "judges.questions:check_questions", True
 CARDS = {
     "shapes": Card("share of the caption's clauses true of the 32x32 image; 0..1", *SHAPES),
     "shapes-strict": Card("1 if all of them are true, else 0; accuracy", *SHAPES, metric=True),
@@ -219,7 +220,14 @@ CARDS = {
     "geneval-reward": Card("mean of partial credits, exact counts; at most 1", *GENEVAL),
     "geneval-reward-flowgrpo": Card("the same with Flow-GRPO's two oddities", *GENEVAL),
     "ocr": Card('reads the text between the first two " of the prompt; 0..1', *OCR),
-    "unifiedreward": Card("a served UnifiedReward's judgement; 1..5", *SERVED),
+    "unifiedreward": Card("a served UnifiedReward's mark; 1..5", *SERVED),
+    "unifiedreward2": Card("a served UnifiedReward 2.0: alignment, coherence, style; 1..5", *SERVED),
+    "rubric": Card("the mark of any served vision-language model; 0..1", *SERVED),
+    "vqascore": Card("a served model's P(yes) that this is the prompt; 0..1", *SERVED),
+    "soft-tifa": Card("mean P(right answer) of the prompt's questions (GenEval 2); 0..1", *SERVED, *ASKED),
+    "soft-tifa-gm": Card("their geometric mean (its prompt-level score); 0..1", *SERVED, *ASKED),
+    "dpg": Card("share of the questions answered yes (DPG-Bench); 0..1", *SERVED, *ASKED),
+    "winrate": Card("P(preferred to the prompt's other images), served model; 0..1", *SERVED, grouped=True),
     "deqa": Card("a served DeQA-Score, ignores the prompt; 1..5", *SERVED),
     "http": Card("any server of yours that answers POST with scores", *SERVED),
     "jpeg": Card("compressibility: -(kB of a quality-95 JPEG), kB = 1000 bytes (DDPO)", "MIT", False, PNG),
@@ -551,7 +559,11 @@ LOADERS = {  # (name, device, dtype, places) -> fn of a Term; a string is import
     "judges.imagereward:imagereward": ("imagereward",),
     "judges.geneval:geneval": ("geneval", "geneval-reward", "geneval-reward-flowgrpo"),
     "judges.ocr:ocr": ("ocr",),
-    "judges.served:unifiedreward": ("unifiedreward",),
+    "judges.vlm:unifiedreward": ("unifiedreward", "unifiedreward2"),
+    "judges.vlm:rubric": ("rubric",),
+    "judges.questions:vqascore": ("vqascore",),
+    "judges.questions:soft_tifa": ("soft-tifa", "soft-tifa-gm", "dpg"),
+    "judges.questions:winrate": ("winrate",),
     "judges.served:http_reward": ("deqa", "http"),
     shapes: ("shapes", "shapes-strict"),
     jpeg: ("jpeg", "jpeg-incompress"),

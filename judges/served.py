@@ -1,19 +1,20 @@
-"""Rewards that a server computes: deqa and http (three lines of JSON), unifiedreward (an OpenAI-compatible server).
+"""Rewards that a server computes: the transport of all of them, and deqa and http (three lines of JSON).
 
-    POST URL   {"images": [PNG in base64, ...], "prompts": [text, ...], "metadata": [object, ...]}
-    200        {"scores": [number, ...]}                     one for each image, larger is better
+    POST URL   {"images": [PNG in base64, ...], "prompts": [text, ...], "metadata": [object, ...], "ids": [text, ...]}
+    200        {"scores": [number, ...], "ids": [text, ...]}     one for each image, larger is better; ids: as sent
     408, 429, 5xx, a time-out, a broken connection: asked again after 1, 2, 4, .. 30 s; anything else stops the run
 
 --reward-path NAME=http://HOST:PORT/PATH#timeout=60&tries=20; what follows the # is not sent.  REWARD_API_KEY
-of the environment goes along as a bearer token, to this address only: no redirect is followed.
+of the environment goes along as a bearer token, to this address only: no redirect is followed.  An id is a digest of
+the image and its prompt: a server that repeats them (judges/server.py does) cannot mix up its answers unnoticed.
 """
 
 import base64
+import hashlib
 import io
 import json
 import math
 import os
-import re
 import socket
 import threading
 import time
@@ -26,15 +27,18 @@ import urllib3
 
 from rewards import UsageError, need, pixels, within
 
-HTTP = {"timeout": 120.0, "tries": 8, "wait": 1.0, "workers": 8, "batch": 8}  # seconds, -, seconds, requests, images
+# seconds, times, seconds, requests at a time, images of a request, times that an answer without a score is asked again
+HTTP = {"timeout": 120.0, "tries": 8, "wait": 1.0, "workers": 8, "batch": 8, "retries": 2}
 LARGEST = 2**20  # bytes of an answer
-# ours; the model's own question: --reward-path unifiedreward=URL#question=FILE (docs/rewards.md)
-UNIFIED_QUESTION = (
-    "<image>\nThe picture above was drawn for a caption. Judge two things: whether it shows what the caption asks "
-    "for (objects, their number, attributes and relations), and how good it looks (sharpness, detail, colours, "
-    "composition). Give one mark from 1 (worst) to 5 (best) and end your answer with it, written as 'Final Score: ' "
-    "and the number.\nText Caption: [{prompt}]"
-)
+# what a judge takes besides, by its reward's name; a question is a file (judges/vlm.py, judges/questions.py)
+OPTIONS = {
+    "unifiedreward": {"question": ""},
+    "unifiedreward2": {"question": "", "axes": "alignment,coherence,style"},
+    "rubric": {"question": "", "low": 0.0, "high": 10.0},
+    "vqascore": {"question": ""},
+    "winrate": {"question": ""},
+}
+WORDS = {"unifiedreward": "Final Score:", "rubric": "Score:"}  # that answers are to repeat
 
 
 # ---- the address ------------------------------------------------------------
@@ -47,29 +51,35 @@ def read_url(name: str, path: str) -> tuple[str, dict]:
     except ValueError:  # a port above 65535
         right = False
     need(right, f"reward {name!r} is scored by a server of yours, {path!r} is no URL; give {form}")
-    settings, known = dict(HTTP), "&".join(f"{k}={v:g}" for k, v in HTTP.items())
+    known = HTTP | OPTIONS.get(name, {})
+    settings, listed = dict(known), "&".join(f"{k}={v}" for k, v in known.items())
     for item in filter(None, parts.fragment.split("&")):
         key, _, value = item.partition("=")
-        if key == "question" and name == "unifiedreward":
-            settings[key] = read_question(value)
-            continue
         try:
-            settings[key] = type(HTTP[key])(value)
-        except (KeyError, ValueError):
-            settings[key] = 0
-        right = 0 < settings[key] < math.inf  # NaN is neither
-        need(right, f"--reward-path {name}=...#{item} is no setting; these are: {form}#{known}")
+            settings[key] = read_question(name, value) if key == "question" in known else type(known[key])(value)
+            number = key in HTTP and (key != "retries" or settings[key])
+            right = not number or 0 < settings[key] < math.inf  # NaN is neither
+        except (KeyError, ValueError) as problem:
+            need(not isinstance(problem, UsageError), str(problem))
+            right = False
+        need(right, f"--reward-path {name}=...#{item} is no setting; these are: {form}#{listed}")
+    low, high = settings.get("low", 0), settings.get("high", 1)
+    need(-math.inf < low < high < math.inf, f"--reward-path {name}=...: low={low} is not below high={high}")
+    axes, wrong = known.get("axes", ""), f"axes={settings.get('axes')}: known are {known.get('axes')}"
+    need(set(settings.get("axes", "").split(",")) <= set(axes.split(",")), wrong)
     return path.partition("#")[0], settings
 
 
-def read_question(file: str) -> str:
+def read_question(name: str, file: str) -> str:
     """The text asked about every image, with {prompt} where the caption goes."""
     try:
         text = Path(file).read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError) as e:
         raise UsageError(f"question={file}: {e}; give a text file with {{prompt}} where the caption goes") from None
-    right = text.count("{prompt}") == 1 and "Final Score:" in text
-    need(right, f"question={file} needs {{prompt}} once and the words 'Final Score:', which answers repeat")
+    words = WORDS.get(name, "")
+    right = text.count("{prompt}") == 1 and words in text
+    also = f" and the words {words!r}, which answers repeat" if words else ""
+    need(right, f"question={file} needs {{prompt}} once{also}")
     return text
 
 
@@ -152,59 +162,26 @@ def http_reward(name, device, dtype, places):
     def fn(images, prompts, metadata):
         encoded, extra = [png(image) for image in pixels(images)], list(metadata or [{}] * len(prompts))
         parts = [slice(i, i + settings["batch"]) for i in range(0, len(encoded), settings["batch"])]
-        bodies = [{"images": encoded[p], "prompts": prompts[p], "metadata": extra[p]} for p in parts]
+        ids = [hashlib.sha256(f"{x} {p}".encode()).hexdigest()[:16] for x, p in zip(encoded, prompts)]
+        columns = {"images": encoded, "prompts": prompts, "metadata": extra, "ids": ids}
+        bodies = [{key: values[part] for key, values in columns.items()} for part in parts]
         answers = ask_all(url, bodies, settings)
-        return [v for answer, body in zip(answers, bodies) for v in http_scores(answer, len(body["images"]))]
+        return [v for answer, body in zip(answers, bodies) for v in http_scores(answer, body["ids"])]
 
     return fn
 
 
-def http_scores(answer, n: int) -> list[float]:
-    """The scores in a server's answer; ValueError unless it is {"scores": [n numbers]}."""
+def http_scores(answer, ids: list[str]) -> list[float]:
+    """The scores in a server's answer; ValueError unless it is {"scores": [n numbers]}, of these ids if it has any."""
+    n = len(ids)
     scores = answer.get("scores") if isinstance(answer, dict) else None
     listed = isinstance(scores, list)
     what = f"{len(scores)} scores" if listed else f"no list of scores: {str(answer)[:200]!r}"
     expected = f'expected {{"scores": [...]}} with {n} numbers'
     need(listed and len(scores) == n, f"the server answered {what}; {expected}", ValueError)
+    same = answer.get("ids", ids) == ids
+    need(same, f"the server's scores are of other images than were sent (ids {answer.get('ids')!r})", ValueError)
     for i, score in enumerate(scores):
         number = isinstance(score, int | float) and not isinstance(score, bool)
         need(number, f"the server answered {score!r} as score {i}; expected a number", ValueError)
     return [float(score) for score in scores]
-
-
-def unifiedreward(name, device, dtype, places):
-    """UnifiedReward-7b (2503.05236) behind sglang or vLLM.  Address: http://HOST:PORT/v1."""
-    url, settings = read_url(name, places["url"])
-    url, models = url.rstrip("/").removesuffix("/chat/completions"), []
-    asked = settings.pop("question", UNIFIED_QUESTION)
-
-    def request(image, prompt):
-        picture = {"type": "image_url", "image_url": {"url": "data:image/png;base64," + png(image, (512, 512))}}
-        question = {"type": "text", "text": asked.replace("{prompt}", prompt)}
-        message = {"role": "user", "content": [picture, question]}
-        return {"model": models[0], "temperature": 0, "messages": [message]}
-
-    def fn(images, prompts, metadata):
-        if not models:  # vLLM wants the name under which it serves the model
-            answer = ask_all(f"{url}/models", [None], settings)[0]
-            try:
-                models.append(answer["data"][0]["id"])
-            except (LookupError, TypeError) as e:
-                raise ValueError(f"{url}/models lists no model: {str(answer)[:200]!r}") from e
-        bodies = [request(image, prompt) for image, prompt in zip(pixels(images), prompts)]
-        answers = ask_all(f"{url}/chat/completions", bodies, settings)
-        return [unified_score(answer, prompt) for answer, prompt in zip(answers, prompts)]
-
-    return fn
-
-
-def unified_score(answer: dict, prompt: str) -> float:
-    """The number after "Final Score:" in a chat completion; ValueError if there is none from 1 to 5."""
-    try:
-        text = answer["choices"][0]["message"]["content"]
-        found = re.search(r"Final Score:\s*(\d+(?:\.\d+)?)", text)
-    except (LookupError, TypeError) as e:
-        raise ValueError(f"prompt {prompt!r}: the answer is no chat completion: {str(answer)[:200]!r}") from e
-    if not found or not 1 <= float(found[1]) <= 5:
-        raise ValueError(f"prompt {prompt!r}: the answer has no 'Final Score:' from 1 to 5: {text[-200:]!r}")
-    return float(found[1])

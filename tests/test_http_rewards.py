@@ -118,7 +118,8 @@ def test_scores_arrive_in_order_with_prompts_and_metadata(name, serve):
     assert [len(body["images"]) for body in sent] == [3, 3, 3, 1]
     assert sum((body["prompts"] for body in sent), []) == PROMPTS
     assert sum((body["metadata"] for body in sent), []) == extra
-    assert all(set(body) == {"images", "prompts", "metadata"} for body in sent)
+    assert all(set(body) == {"images", "prompts", "metadata", "ids"} for body in sent)
+    assert len({name for body in sent for name in body["ids"]}) == 10
     assert torch.allclose(decode(sent[0]["images"][0]), x[0])  # lossless
     assert {(command, path) for command, path, _, _ in server.seen} == {("POST", "/score")}
     assert not reward.differentiable
@@ -168,8 +169,14 @@ def failing(answer, serve, name="http", settings=QUICK, n=3):
         ({"scores": [1, None, 3]}, "None as score 1"),
         ({"scores": [1, "2", 3]}, "'2' as score 1"),
         ({"scores": [1, True, 3]}, "True as score 1"),
-        (b'{"scores": [1, NaN, 3]}', "returned nan; expected finite numbers (sample 1: prompt 'prompt 1')"),
-        (b'{"scores": [1, 2, Infinity]}', "returned inf; expected finite numbers (sample 2: prompt 'prompt 2')"),
+        (
+            b'{"scores": [1, NaN, 3]}',
+            "returned nan; expected finite numbers (of float32) (sample 1: prompt 'prompt 1')",
+        ),
+        (
+            b'{"scores": [1, 2, Infinity]}',
+            "returned inf; expected finite numbers (of float32) (sample 2: prompt 'prompt 2')",
+        ),
         ({"scores": "123"}, "no list of scores"),
     ],
 )
@@ -355,17 +362,81 @@ def test_a_server_that_dies_in_the_middle_of_an_epoch_and_comes_back(name):
             found["second"].kill(), found["second"].wait()
 
 
-def test_the_server_in_the_documentation_works():
-    code = next(block for block in DOCS.split("```") if "http.server" in block).removeprefix("python\n")
-    port = free_port()
-    process = subprocess.Popen([sys.executable, "-c", code, str(port)], stderr=subprocess.DEVNULL)
+SCORE = """
+def score(images, prompts, metadata):
+    return [image.convert("L").resize((1, 1)).getpixel((0, 0)) / 255 for image in images]
+
+def wrong(images, prompts, metadata):
+    return [1]
+"""
+
+
+@pytest.fixture(scope="module")
+def own_server(tmp_path_factory):
+    """judges/server.py, copied into a folder of its own: start(function, key) -> URL."""
+    folder, processes = tmp_path_factory.mktemp("server"), []
+    (folder / "my_model.py").write_text(SCORE)
+    (folder / "server.py").write_text((Path(served.__file__).parent / "server.py").read_text())
+
+    def start(function="my_model:score", key=""):
+        command = [sys.executable, "server.py", function, "0"]
+        env = {"PATH": "/usr/bin:/bin", "REWARD_API_KEY": key}
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
+        processes.append(subprocess.Popen(command, cwd=folder, env=env, **pipes))
+        return f"http://127.0.0.1:{processes[-1].stdout.readline().split()[-1]}"
+
+    yield start
+    for process in processes:
+        process.kill(), process.wait(), process.stdout.close()
+
+
+def test_the_server_that_is_copied_to_a_model(own_server, monkeypatch):
+    x, url = torch.rand(3, 1, 1, 1).expand(3, 3, 16, 16), own_server()
+    scores = load("http", paths=f"{url}/score#batch=2")(x, PROMPTS[:3])[0]
+    assert torch.allclose(scores, x[:, 0, 0, 0], atol=0.51 / 255)
+    with pytest.raises(RewardError, match="HTTP 400 .*1 scores for 3 images"):
+        load("http", paths=f"{own_server('my_model:wrong')}{QUICK}")(x, PROMPTS[:3])
+    guarded = own_server(key="abc")
+    with pytest.raises(RewardError, match="HTTP 401 .*wrong REWARD_API_KEY"):
+        load("http", paths=guarded + QUICK)(x, PROMPTS[:3])
+    monkeypatch.setenv("REWARD_API_KEY", "abc")
+    assert torch.equal(load("http", paths=guarded)(x, PROMPTS[:3])[0], scores)
+
+
+def test_scores_of_other_images_are_refused(serve):
+    """A cache or a queue that mixes up two requests: the ids say so."""
+    kept = {}
+
+    def answer(n, path, body):
+        kept.setdefault("ids", body["ids"])
+        return 200, mean_scores(body) | kept
+
+    reward = load("http", paths=serve(answer).url + QUICK)
+    assert reward(images(2), PROMPTS[:2])[0].shape == (2,)
+    with pytest.raises(RewardError, match="of other images than were sent"):
+        reward(images(2), PROMPTS[:2])
+
+
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_a_trainer_that_waits_for_a_server_ends_within_five_seconds(sent, serve, tmp_path):
+    release = threading.Event()
+    server = serve(lambda n, path, body: (release.wait(60), (200, mean_scores(body)))[1])
+    root = Path(rewards.__file__).parent
+    flags = f"--preset tiny --num-prompts 2 --group-size 2 --steps 2 --eval-images 0 --runs {tmp_path} --reward http"
+    command = [sys.executable, "grpo.py", *flags.split(), "--reward-path", f"http={server.url}#batch=1&timeout=60"]
+    process = subprocess.Popen(command, cwd=root, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     try:
-        x = torch.rand(3, 1, 1, 1).expand(3, 3, 16, 16)
-        places = {"url": f"http://127.0.0.1:{port}/score#wait=0.2&batch=2"}
-        scores = served.http_reward("http", "cpu", torch.float32, places)(x, PROMPTS[:3], None)
-        assert torch.allclose(torch.tensor(scores), x[:, 0, 0, 0], atol=0.51 / 255)
+        while len(server.seen) < 4:
+            time.sleep(0.05)
+            assert process.poll() is None, process.stderr.read()
+        start = time.monotonic()
+        process.send_signal(sent)
+        said = next(line for line in process.stderr if "stopped by" in line or "Traceback" in line)
+        assert time.monotonic() - start < 5 and "Traceback" not in said  # what follows is Python's own end
+        process.communicate(timeout=60)
+        assert process.returncode == 128 + sent
     finally:
-        process.kill(), process.wait()
+        release.set(), process.kill(), process.wait()
 
 
 def test_the_documentation_names_every_reward_and_setting():
@@ -373,6 +444,8 @@ def test_the_documentation_names_every_reward_and_setting():
         assert any(f"`{name}`" in line.split("|")[1] for line in DOCS.splitlines() if line.startswith("| ")), name
     for key, value in served.HTTP.items():
         assert f"`{key}={value:g}`" in DOCS
+    for key in {key for options in served.OPTIONS.values() for key in options}:
+        assert f"`{key}=" in DOCS, key
 
 
 # ---- start-up -------------------------------------------------------------------------------------------------------
@@ -382,11 +455,11 @@ def free_port():
         return s.getsockname()[1]
 
 
-@pytest.mark.parametrize("name", ["deqa", "http", "unifiedreward"])
+@pytest.mark.parametrize("name", ["deqa", "http", "rubric"])
 def test_bad_urls_and_absent_servers_are_found_at_start_up(name):
     for path, words in ((None, f"give --reward-path {name}=http://HOST:PORT/PATH"), ("localhost:8000", "is no URL"),
                         ("ftp://host/x", "is no URL"), ("http:///x", "is no URL"), ("http://host:99999/", "is no URL"),
-                        ("http://host/#retries=3", "retries=3 is no setting; these are: .*tries=8"),
+                        ("http://host/#again=3", "again=3 is no setting; these are: .*tries=8"),
                         ("http://host/#tries=0", "tries=0 is no setting"),
                         ("http://host/#timeout=nan", "timeout=nan"), ("http://host/#batch=2.5", "batch=2.5"),
                         (f"http://127.0.0.1:{free_port()}/", "no server at .*refused.*; start it")):  # fmt: skip
@@ -404,97 +477,48 @@ def test_urls_are_paths_like_the_others():
     assert url == "https://h/x?y=1" and settings == served.HTTP | {"timeout": 60.0, "workers": 2}
 
 
-# ---- UnifiedReward --------------------------------------------------------------------------------------------------
-def completion(text):
-    return {"choices": [{"message": {"role": "assistant", "content": text}}]}
+PICKLE_SERVER = """
+import http.server, io, pickle
+from PIL import Image
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_POST(self):
+        asked = pickle.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        images = [Image.open(io.BytesIO(data), formats=["jpeg"]) for data in asked["images"]]
+        scores = [image.convert("L").resize((1, 1)).getpixel((0, 0)) / 255 for image in images]
+        geneval = any(asked["meta_datas"])
+        content = pickle.dumps({"scores": [0] * len(scores), "rewards": scores} if geneval else {"outputs": scores})
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(content)
+    def log_message(self, *args):
+        pass
+server = http.server.HTTPServer(("127.0.0.1", 0), Handler)
+print(server.server_port, flush=True)
+server.serve_forever()
+"""
 
 
-def test_unifiedreward_is_a_chat_completion(serve):
-    def answer(n, path, body):
-        if path.endswith("/models"):
-            return 200, {"data": [{"id": "UnifiedReward-7b"}]}
-        text = body["messages"][0]["content"][1]["text"]
-        return 200, completion(f"Fine.\nFinal Score: {1 + int(text[-2]) * 0.25}")
-
-    server = serve(answer)
-    x = images(10, 64, 96)
-    path = f"{server.url}/v1"
-    check("unifiedreward", path, PROMPTS)
-    reward = load("unifiedreward", paths=path)
-    total, _ = reward(x, PROMPTS, chunk=5)
-    assert total.tolist() == [1 + i * 0.25 for i in range(10)]
-    assert [(c, p) for c, p, _, _ in server.seen].count(("GET", "/v1/models")) == 1
-    posts = [(p, body) for c, p, body, _ in server.seen if c == "POST"]
-    assert {p for p, _ in posts} == {"/v1/chat/completions"} and len(posts) == 10
-    body = next(b for _, b in posts if b["messages"][0]["content"][1]["text"].endswith("[prompt 7]"))
-    assert body["model"] == "UnifiedReward-7b" and body["temperature"] == 0 and len(body["messages"]) == 1
-    picture, question = body["messages"][0]["content"]
-    assert question["text"].count("Text Caption: [prompt 7]") == 1 and "Final Score:" in question["text"]
-    prefix, _, data = picture["image_url"]["url"].partition(",")
-    assert prefix == "data:image/png;base64" and picture["type"] == "image_url" and question["type"] == "text"
-    sent = decode(data)
-    pixels = (x[7].permute(1, 2, 0).numpy() * 255).round().astype(np.uint8)
-    expected = np.array(Image.fromarray(pixels).resize((512, 512), Image.BICUBIC))
-    assert (
-        sent.shape == (3, 512, 512) and (sent * 255 - torch.from_numpy(expected).permute(2, 0, 1)).abs().max() < 1e-3
-    )
-    again = load("unifiedreward", paths=path + "/chat/completions")  # the full address works, too
-    assert again(x[:1], PROMPTS[:1])[0].tolist() == [1]
+def test_the_shim_of_the_documentation_before_a_server_that_speaks_pickle(tmp_path):
+    """Flow-GRPO's protocol, in two processes: that server, and ours with the shim."""
+    shim = next(block for block in DOCS.split("```") if "# shim.py" in block).removeprefix("python\n")
+    (tmp_path / "shim.py").write_text(shim)
+    (tmp_path / "server.py").write_text((Path(served.__file__).parent / "server.py").read_text())
+    theirs = subprocess.Popen([sys.executable, "-c", PICKLE_SERVER], stdout=subprocess.PIPE, text=True)
+    port = int(theirs.stdout.readline())
+    env = {"PATH": "/usr/bin:/bin", "SERVER": f"http://127.0.0.1:{port}", "no_proxy": "127.0.0.1"}
+    command = [sys.executable, "server.py", "shim:score", "0"]
+    ours = subprocess.Popen(command, cwd=tmp_path, env=env, stdout=subprocess.PIPE, text=True)
+    try:
+        x = torch.tensor([0.2, 0.6, 1]).view(3, 1, 1, 1).expand(3, 3, 16, 16)
+        reward = load("http", paths=f"http://127.0.0.1:{ours.stdout.readline().split()[-1]}{QUICK}")
+        for extra in (None, [{"tag": "colors"}] * 3):
+            assert torch.allclose(reward(x, PROMPTS[:3], extra)[0], x[:, 0, 0, 0], atol=2.1 / 255)
+    finally:
+        for process in (theirs, ours):
+            process.kill(), process.wait(), process.stdout.close()
 
 
-@pytest.mark.parametrize(
-    "text, score",
-    [
-        ("Final Score: 4.25", 4.25),
-        ("... Final Score:3", 3.0),
-        ("Final Score:\n 5", 5),
-        ("Final Score: 10", None),
-        ("Final Score: 5.5", None),
-        ("Final Score: 0.5", None),
-        ("**Final Score:** 4", None),
-        ("Score: 4", None),
-        ("", None),
-    ],
-)
-def test_the_score_in_the_answer(text, score):
-    if score is None:
-        with pytest.raises(ValueError, match="no 'Final Score:' from 1 to 5"):
-            served.unified_score(completion(text), "a prompt")
-    else:
-        assert served.unified_score(completion(text), "a prompt") == score
-
-
-@pytest.mark.parametrize("answer, words", [
-    (completion("I cannot judge this."), "prompt 'prompt 0': .*no 'Final Score:'.*I cannot judge this"),
-    ({"error": "out of memory"}, "no chat completion: .*out of memory"),
-    (completion(None), "no chat completion"),
-    ({"choices": []}, "no chat completion"),
-    ([], "no chat completion"),
-])  # fmt: skip
-def test_an_answer_without_score_stops_the_run(answer, words, serve):
-    served = {"data": [{"id": "m"}]}
-    server = serve(lambda n, path, body: (200, served if path == "/v1/models" else answer))
-    with pytest.raises(RewardError, match=f"reward 'unifiedreward' .*{words}"):
-        load("unifiedreward", paths=f"{server.url}/v1{QUICK}")(images(1), PROMPTS[:1])
-    assert len(server.seen) == 2
-
-
-def test_a_server_without_models_is_no_openai_server(serve):
-    server = serve(lambda n, path, body: (200, {"data": []}))
-    with pytest.raises(RewardError, match="/v1/models lists no model"):
-        load("unifiedreward", paths=f"{server.url}/v1{QUICK}")(images(1), PROMPTS[:1])
-
-
-def test_unifiedreward_asks_the_question_of_a_file(tmp_path):
-    file = tmp_path / "question.txt"
-    file.write_text("<image> How good is {prompt}? Final Score: 1 to 5")
-    _, settings = served.read_url("unifiedreward", f"http://h:1/v1#timeout=3&question={file}")
-    assert settings["question"] == file.read_text() and settings["timeout"] == 3
-    for text in ("no slot. Final Score: x", "{prompt} without the words", "{prompt} {prompt} Final Score: x"):
-        file.write_text(text)
-        with pytest.raises(rewards.UsageError, match="question="):
-            served.read_url("unifiedreward", f"http://h:1/v1#question={file}")
-    with pytest.raises(rewards.UsageError, match="question="):
-        served.read_url("unifiedreward", f"http://h:1/v1#question={tmp_path / 'absent'}")
-    with pytest.raises(rewards.UsageError, match="question"):
-        served.read_url("deqa", f"http://h:1/v1#question={file}")
+def test_nothing_of_ours_reads_a_pickle():
+    root = Path(rewards.__file__).parent
+    for file in (root / "rewards.py", root / "eval.py", root / "harness.py", *root.glob("judges/*.py")):
+        assert "import pickle" not in file.read_text(), file
