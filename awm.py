@@ -292,6 +292,9 @@ def main(args):
                 rows = noising.rows(n, x0, batch, epoch)
                 with torch.no_grad():
                     old[n] = matching_error(output(policy, rows, args), rows.target)
+        if not args.beta:  # no term needs the reference: at a few images, for the log
+            for n in common.micro_batches(harness.watched_rows(args, batch, [0], epoch)[:, 0], size, ""):
+                stats.add({"kl/ref": reference_distance(policy, noising.rows(n, x0, batch, epoch), args)})
         for update, part in enumerate(updates):
             for n in common.micro_batches(part, size, f"update {update + 1}"):
                 # 4a: the noised images, and what the policies say about them; the frozen ones
@@ -434,6 +437,14 @@ def output(policy, rows: Noised, args) -> torch.Tensor:
     """o(x_t, t, c) of every noising, (b, n_t, C, h, w), by the policy that is switched on."""
     x_t, timestep = rows.x_t.flatten(0, 1), rows.timestep.flatten()
     return policy.predict(x_t, timestep, rows.cond, args.train_cfg).view_as(rows.x_t)
+
+
+@torch.no_grad()
+def reference_distance(policy, rows: Noised, args) -> torch.Tensor:
+    """mean ||o_theta - o_ref||^2, (b, n_t)."""
+    o = output(policy, rows, args)
+    with policy.reference():
+        return matching_error(o, output(policy, rows, args))
 
 
 def lagged(args) -> bool:
@@ -612,7 +623,9 @@ def sizes(args) -> dict[str, str]:
     # theta_old is asked once for every image that comes after the first update
     later = samples if args.inner_epochs > 1 else samples - samples // args.updates_per_epoch
     old = later * noisings * (args.offpolicy == "half") + rows * lagged(args)
-    first, reference = f"{samples * args.steps * passes} in the rollout", rows * (args.beta > 0)
+    watched = min(harness.WATCHED, samples) * noisings  # for the log, by theta as well
+    old += 0 if args.beta else watched
+    first, reference = f"{samples * args.steps * passes} in the rollout", rows if args.beta else watched
     last = f"{reference} of the reference, {old} of the old policy or the lagged copy"
     latents = samples * (draws(args) + 2)
     return {

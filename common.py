@@ -604,6 +604,17 @@ def kl_divergence(delta: torch.Tensor, reduce: str) -> torch.Tensor:
     return reduce_latent(0.5 * delta**2, reduce)
 
 
+@torch.no_grad()
+def reference_kl(policy, grid, i, x_t, o_old, cond: Cond, cfg: float, reduce: str, size: int) -> torch.Tensor:
+    """KL(p_old || p_ref) of R transitions at the steps i (R,), (R,): one reference pass each, `size` at once."""
+    found = [x_t.new_zeros(0)]
+    for r in micro_batches(torch.arange(len(i)), size, ""):
+        with policy.reference():
+            o_ref = policy.predict(x_t[r], grid.time(i[r], x_t[r]), cond[r], cfg)
+        found.append(kl_divergence(grid.at(grid.w, i[r], o_ref) * (o_old[r] - o_ref), reduce))
+    return torch.cat(found)
+
+
 def backward_scores(policy, grid, i, x_t, x_s, o, cond: Cond, cfg: float) -> tuple[torch.Tensor, torch.Tensor]:
     """grad log p_theta and grad log p_ref (x_s | x_t), both with respect to x_t (B, C, h, w), at steps i (B,).
 
@@ -682,6 +693,23 @@ def rollout(policy, grid, cond, noise, cfg, micro_batch, reference=(), desc="rol
             bar.update(1)
     bar.close()
     return Rollout(x, noise[:, 1:], o_old, o_ref, cond)
+
+
+@torch.no_grad()
+def path_distance(policy, grid, path, count: int, cfg: float, reduce: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """How far the first `count` trajectories are from the reference, each (count,): one reference pass a state.
+
+    drift: sum over the steps of mean ||mu_theta - mu_ref||^2; the sum of the KLs of those steps that have a density.
+    """
+    drift = kl = path.x.new_zeros(count)
+    for i in range(grid.steps):
+        x_t = path.x[:count, i]
+        with policy.reference():
+            apart = path.o_old[:count, i] - policy.predict(x_t, grid.time(i, x_t), path.cond[range(count)], cfg)
+        drift = drift + reduce_latent((grid.at(grid.o_coef, i, apart) * apart) ** 2, "mean")
+        if grid.sigma[i] >= MIN_SIGMA:
+            kl = kl + kl_divergence(grid.at(grid.w, i, apart) * apart, reduce)
+    return drift, kl
 
 
 def shuffled_rows(mine: range, samples: int, steps: list[int], updates: int, *key, each=0) -> list[torch.Tensor]:

@@ -44,7 +44,6 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-import checkpoints
 import common
 import harness
 import rewards
@@ -111,6 +110,13 @@ PRESETS = {
         model="tiny-sd15", method="residual-db", scale=50.0, train_fraction=0.9, lr=1e-3
     ),
 }  # fmt: skip
+METRICS = harness.Metrics(
+    means=[
+        "loss/total", "loss/guidance", "loss/old", "loss/net", "kl/ref", "drift/mean",
+        "guidance/norm", "guidance/clip_frac", "push/reward", "push/net",
+    ],
+    more=("guidance/limit", "grad/norm", "grad/norm_phi"),
+)  # fmt: skip
 
 
 def parse_args(argv=None):
@@ -233,15 +239,12 @@ def main(args):
     eta = temporal_weight(args.temporal, grid, args.gamma)
     eta_t = weight_of_start(args.temporal, grid, eta, args.gamma)
     t = torch.cat([grid.t, torch.zeros(1).double()]).to(run.device, torch.float32)  # of all states
-    h = influence(args.method, grid, eta, args.residual_scale)[steps]
-    if run.is_main:
-        content = {"step": steps, "h": (h / h.mean()).tolist()}
-        checkpoints.write_json(run.dir / "influence.json", content)
+    harness.write_influence(run, steps, influence(args.method, grid, eta, args.residual_scale))
     gradient = RewardGradient(args, policy, reward, grid)
     phi = learned_networks(policy, args)
     learned = [(list(phi.parameters()), args.net_lr, args.max_grad_norm)]
     optimiser = harness.make_optimiser(args, run, theta, *(learned if len(phi) else []))
-    replay, columns = Replay(args.replay_size), metrics_of(steps)
+    replay, columns = Replay(args.replay_size), METRICS.with_steps(["drift", "guidance_norm"], steps)
     modules = {"phi": phi, "replay": replay}
     recorder = harness.Recorder(
         run, args, policy, optimiser, (reward, more), rewards.RewardError, columns, modules
@@ -289,13 +292,15 @@ def main(args):
                 shift = grid.at(grid.o_coef, i, o) * (o - rows.o_ref)  # mu_theta - mu_ref
                 sigma = grid.at(grid.sigma, i, o)
                 drift = shift / sigma  # unused by VGG-Flow, whose sigma is 0
-                net_loss = torch.zeros_like(size)
+                net, net_loss = torch.zeros_like(push), torch.zeros_like(size)
                 if args.value_net:  # learns from its own losses; theta takes what it says
                     net_loss = value_loss(policy, phi["net"], grid, rows, eta, t, limit, args)
-                    push = push + args.scale * phi["net"](x_t, t[i]).detach()
+                    net = args.scale * phi["net"](x_t, t[i]).detach()
                 elif args.flow_net:  # learns from theta's loss, and to be 0 at x_0
-                    push = push + phi["net"](rows.x_s, t[i + 1])
+                    net = phi["net"](rows.x_s, t[i + 1])
                     net_loss = mean_square(phi["net"](rows.x_0, torch.zeros_like(t[i])))
+                parts_of_push = {"push/reward": push.flatten(1).norm(dim=1), "push/net": net.flatten(1).norm(dim=1)}
+                push = push + net
                 if args.method == "vgg-flow":
                     loss = vgg_loss(o, rows.o_ref, push)
                 elif args.method == "residual-db":
@@ -314,7 +319,7 @@ def main(args):
                 # micro-batches and processes add up to the mean over the update's transitions
                 optimiser.backward(total.sum() / (transitions / args.updates_per_epoch))
                 moved, clipped = mean_square(shift), (size > limit).float()
-                stats.add(by_step(i, {"drift": moved, "guidance_norm": size}) | {
+                stats.add(harness.by_step(i, {"drift": moved, "guidance_norm": size}) | parts_of_push | {
                     "loss/total": total, "loss/guidance": loss, "loss/old": old, "loss/net": net_loss,
                     "drift/mean": moved, "guidance/norm": size, "guidance/clip_frac": clipped,
                 })  # fmt: skip
@@ -577,20 +582,6 @@ def norm_quantile(g: torch.Tensor, most: int, quantile: float) -> float:
     size[: len(g)] = g.flatten(1).norm(dim=1)
     every = common.gather(size)
     return torch.quantile(every[~every.isnan()].double(), quantile).item()
-
-
-def by_step(i: torch.Tensor, values: dict) -> dict[str, torch.Tensor]:
-    """The rows (R,) of each value sorted by step, as "name/NN"."""
-    steps = i.unique().tolist()
-    return {f"{name}/{j:02d}": value[i == j] for name, value in values.items() for j in steps}
-
-
-def metrics_of(steps: list[int]) -> harness.Metrics:
-    means = ["loss/total", "loss/guidance", "loss/old", "loss/net"]
-    means += ["kl/ref", "drift/mean", "guidance/clip_frac"]
-    means += [f"{what}/{i:02d}" for what in ("drift", "guidance_norm") for i in steps]
-    more = ("guidance/limit", "grad/norm", "grad/norm_phi")
-    return harness.Metrics([*means, "guidance/norm"], more=more)
 
 
 # ---- what no paper mentions: checks of the flags, sizes for --dry-run --------

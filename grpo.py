@@ -154,7 +154,7 @@ def parse_args(argv=None):
     flag("--beta", 1.0, "float >= 0", "weight of the KL, in units of A (Flow-GRPO: 0.04; VMPO: 1)")
     flag("--sde-window", 0, "int >= 0", "stochastic, trained steps (Fast: 2-3, MixGRPO: 4); 0 = all")
     modes = ["fixed", "random", "progressive"]
-    flag("--sde-window-mode", "fixed", modes, "at its first place, at random (Fast), moving on (MixGRPO)")
+    flag("--sde-window-mode", "fixed", modes, "at its first place, at random (Fast), on to the end (MixGRPO)")
     places = dict(nargs=2, metavar=("FIRST", "END"))
     flag("--sde-window-range", None, "int >= 0", "where it may lie (Fast: noisy half); default: trained", **places)
     flag("--sde-window-every", 1, "int >= 1", "epochs between two windows (MixGRPO: 25)")
@@ -243,6 +243,18 @@ class RunningStats:
         self.last = dict(state)
 
 
+def influence(grid: common.Grid, w_pcpo, args) -> torch.Tensor:
+    """h_t (T,) up to a constant: the weight of the value's gradient in that of o.  RSM Eq. 23.
+
+    That of A z in o's gradient is gamma w, and A z estimates sigma times the value's gradient.
+    """
+    if args.loss == "guard":
+        return grid.o_coef.abs() * grid.sigma / grid.dt
+    if args.loss == "pcpo" and args.pcpo_weights != "none":
+        return w_pcpo.abs() * grid.sigma
+    return grid.o_coef.abs()
+
+
 def mixed_grid(sde: common.Grid, ode: common.Grid, steps: list[int]) -> common.Grid:
     """The SDE's Gaussians at `steps`, the ODE's steps elsewhere.  Fast, MixGRPO."""
     inside = torch.zeros(sde.steps, dtype=torch.bool)
@@ -252,13 +264,15 @@ def mixed_grid(sde: common.Grid, ode: common.Grid, steps: list[int]) -> common.G
     return dataclasses.replace(sde, **pick)
 
 
-def window_start(mode: str, width: int, first: int, end: int, lap: int, seed: int) -> int:
-    """First step of window number `lap` among the steps first ... end - 1."""
-    places = end - first - width + 1
+def window(mode: str, width: int, first: int, end: int, lap: int, seed: int) -> list[int]:
+    """The steps of window number `lap` among the steps first ... end - 1."""
+    at = 0
     if mode == "random":  # from its own generator, so that a resumed run draws the same
-        draw = torch.randint(places, (), generator=common.generator("window", seed, lap))
-        return first + int(draw)
-    return first + (lap % places if mode == "progressive" else 0)
+        places = end - first - width + 1
+        at = int(torch.randint(places, (), generator=common.generator("window", seed, lap)))
+    elif mode == "progressive":  # to the last step, where it shrinks to that one, and from the start
+        at = lap % (end - first)  # ref-code: one round of an empty window before it starts again
+    return list(range(first + at, min(first + at + width, end)))
 
 
 def main(args):
@@ -272,22 +286,24 @@ def main(args):
     sde = stochastic_grid(native, args)
     trainable = common.policy_steps(sde, args.train_steps)
     check_noise(args, trainable)
-    transitions = args.num_prompts * args.group_size * trained_steps(args, len(trainable))
-    harness.check_updates(args, transitions)  # again: a step without noise is no transition
+    samples = args.num_prompts * args.group_size
+    # again: a step without noise is no transition
+    harness.check_updates(args, samples * fewest_steps(args, len(trainable)))
     optimiser = harness.make_optimiser(args, run, theta)
     running = RunningStats(args.adv_eps) if args.adv_norm == "running" else None
+    harness.write_influence(run, trainable, influence(sde, pcpo_table(native, trainable, args), args))
+    columns = METRICS.with_steps(["clip_frac"], trainable)
     scorers, failure = (reward, more), rewards.RewardError
     state = {"running": running} if running else {}
-    recorder = harness.Recorder(run, args, policy, optimiser, scorers, failure, METRICS, state)
+    recorder = harness.Recorder(run, args, policy, optimiser, scorers, failure, columns, state)
 
     for epoch in recorder.epochs():
         # ---- 1 rollout -------------------------------------------------------
         recorder.phase()
-        grid, steps, first = sde, trainable, 0
+        grid, steps = sde, trainable
         if args.sde_window:
             places, lap = args.sde_window_range, epoch // args.sde_window_every
-            first = window_start(args.sde_window_mode, args.sde_window, *places, lap, args.seed)
-            steps = list(range(first, first + args.sde_window))
+            steps = window(args.sde_window_mode, args.sde_window, *places, lap, args.seed)
             grid = mixed_grid(sde, ode, steps)
         reference = steps if needs_reference(args) else ()
         batch = harness.epoch_batch(args, policy, epoch, blocks=args.shared_blocks)
@@ -322,10 +338,13 @@ def main(args):
         stats, norms = recorder.stats(epoch), []
         column = torch.full((grid.steps,), -1)  # of `adv`, `zero` and `clipped`, by step
         column[steps] = torch.arange(len(steps))
-        # from the native grid, also where PCPO's own sampler runs, whose true w_t vary
-        over = list(range(grid.steps)) if args.pcpo_weights == "public" else steps  # ref-code: all
-        w_pcpo = common.pcpo_weights(native, over, args.pcpo_weights, args.pcpo_zeta)
+        w_pcpo = pcpo_table(native, steps, args)
+        if not reference:  # no term needs it: at a few transitions, for the log
+            some = path.rows(*harness.watched_rows(args, batch, steps, epoch).unbind(1))
+            at, how = (some.i, some.x_t, some.o_old, some.cond), (args.cfg, args.logprob_reduce)
+            stats.add({"kl/ref": common.reference_kl(policy, grid, *at, *how, args.micro_batch_size)})
         updates = harness.epoch_updates(args, batch, steps, epoch, args.random_steps)
+        transitions = samples * min(args.random_steps or len(steps), len(steps))
         for update, part in enumerate(updates):
             at, count = (part[:, 0], column[part[:, 1]]), transitions / args.updates_per_epoch
             stats.add({"adv/zero_std_frac": zero[at].float(), "adv/clip_frac": clipped[at].float()})
@@ -357,9 +376,9 @@ def main(args):
                 optimiser.backward(total.sum() / count)
                 ratio = log_ratio.exp()
                 outside = (log_ratio if args.loss == "pcpo" else ratio - 1).abs() > args.clip_range
-                stats.add({
+                stats.add(harness.by_step(i, {"clip_frac": outside.float()}) | {
                     "loss/total": total, "loss/policy": loss, "loss/kl": kl,
-                    **({"kl/ref": kl_ref} if reference else {}),  # else the column stays blank
+                    **({"kl/ref": kl_ref} if reference else {}),
                     "ratio/mean": ratio, "ratio/clip_frac": outside.float(),
                     "ratio/approx_kl": 0.5 * log_ratio**2,
                     "adv/mean": a,
@@ -369,7 +388,7 @@ def main(args):
 
         # ---- 5 log, samples, checkpoint, eval --------------------------------
         del batch, path  # what follows needs the room
-        own = {"window/first": first, "grad/norm": sum(norms) / max(1, len(norms))}
+        own = {"window/first": steps[0], "grad/norm": sum(norms) / max(1, len(norms))}
         recorder.end_epoch(epoch, final, parts, stats.result() | own)
     recorder.finish()
 
@@ -380,8 +399,10 @@ def needs_reference(args) -> bool:
     return args.kl == "implicit" or args.kl != "none" and args.kl_anchor == "ref"
 
 
-def trained_steps(args, available: int) -> int:
-    """Transitions of an image that an epoch trains."""
+def fewest_steps(args, available: int) -> int:
+    """Transitions of an image that every epoch trains; a progressive window shrinks to one step."""
+    if args.sde_window and args.sde_window_mode == "progressive":
+        return 1
     most = args.sde_window or available
     return min(args.random_steps or most, most)
 
@@ -390,6 +411,12 @@ def stochastic_grid(native: common.Grid, args) -> common.Grid:
     """The sampler of the stochastic steps: PCPO's own where --pcpo-weights says so."""
     public = args.loss == "pcpo" and args.pcpo_weights == "public"
     return common.pcpo_grid(native, args.pcpo_w) if public else native
+
+
+def pcpo_table(native: common.Grid, steps: list[int], args) -> torch.Tensor:
+    """w~_t (T,) of the native grid, also where PCPO's own sampler runs, whose true w_t vary."""
+    over = list(range(native.steps)) if args.pcpo_weights == "public" else steps  # ref-code: all
+    return common.pcpo_weights(native, over, args.pcpo_weights, args.pcpo_zeta)
 
 
 def policy_loss(grid, rows, o, moved, log_ratio, adv, w_pcpo, args):
@@ -461,7 +488,7 @@ def check(args):
     samples = args.num_prompts * args.group_size
     steps, drawn = args.sde_window or args.train_steps, args.random_steps
     need(drawn <= steps, f"--random-steps {drawn} is more than the {steps} trained ones; use fewer")
-    harness.check_updates(args, samples * trained_steps(args, args.train_steps))
+    harness.check_updates(args, samples * fewest_steps(args, args.train_steps))
     if loss in ("ddpo", "grpo", "pcpo"):
         harness.warn_of_clip_range(args)
     explicit = args.kl in ("mean", "mean-nodt", "velocity")
@@ -494,10 +521,12 @@ def check_noise(args, trainable: list[int]) -> None:
 def sizes(args) -> dict[str, str]:
     """The lines of --dry-run."""
     samples, train = args.num_prompts * args.group_size, args.sde_window or args.train_steps
-    passes, rows = harness.network_passes(args, args.cfg), samples * trained_steps(args, args.train_steps)
+    passes = harness.network_passes(args, args.cfg)
+    rows = samples * min(args.random_steps or train, train)
     window = f"{args.sde_window} of {args.steps}, {args.sde_window_mode}"
     rollout, trained = samples * args.steps * passes, rows * args.inner_epochs * passes
-    reference = samples * train * passes * needs_reference(args)
+    watched = min(harness.WATCHED, samples * train)  # for the log
+    reference = (samples * train if needs_reference(args) else watched) * passes
     without = f"{rollout} in the rollout, {reference} of the reference"
     return {
         "stochastic steps": window if args.sde_window else f"all {args.steps}",

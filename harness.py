@@ -18,7 +18,7 @@ import subprocess
 import sys
 import time
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -39,6 +39,7 @@ MODELS = {  # name: folder or hub id, pipeline, latent channels, pixels per late
     "tiny-sd15": (str(HERE / "tiny" / "sd15"), "StableDiffusionPipeline", 4, 4, 32, 1.1),
     "tiny-sd35": (str(HERE / "tiny" / "sd35"), "StableDiffusion3Pipeline", 4, 4, 32, 1.3),
 }
+WATCHED = 32  # transitions of an epoch and held-out images whose distance to the reference is for the log alone
 NOISE_LEVEL = {"ddim": 1.0, "flow_sde": 0.7, "dance": 0.3, "cps": 0.8, "ancestral": 1.0, "ode": 0.0}
 TINY = dict(  # the embedded models' experiment, in every script: coloured shapes, 64 images an epoch, one update
     prompts="prompts/shapes_train.txt", eval_prompts="prompts/shapes_heldout.txt",
@@ -813,6 +814,14 @@ def epoch_batch(args, policy, epoch: int, draws: int | None = None, blocks: int 
     return common.epoch_batch(policy, args.prompt_list, epoch, args.seed, *sizes, draws, args.shared_noise, blocks)
 
 
+def watched_rows(args, batch: common.Batch, steps: list[int], epoch: int) -> torch.Tensor:
+    """WATCHED transitions of an epoch, by (seed, epoch): this process's (n, 2) of (local sample, step)."""
+    total = args.num_prompts * args.group_size * len(steps)
+    rows = torch.randperm(total, generator=common.generator("watched", args.seed, epoch))[:WATCHED]
+    n, i = rows // len(steps) - batch.indices.start, torch.tensor(steps)[rows % len(steps)]
+    return torch.stack([n, i], 1)[(n >= 0) & (n < len(batch.indices))]
+
+
 def epoch_updates(args, batch: common.Batch, steps: list[int], epoch: int, each: int = 0) -> list[torch.Tensor]:
     """The rows of each optimiser step of the epoch: shuffled rows of one pass (--inner-epochs) after the other.
 
@@ -861,9 +870,25 @@ class Metrics:
     tops: tuple[str, ...] = ()  # maxima
     more: tuple[str, ...] = ()  # what main() computes itself
 
+    def with_steps(self, names: list[str], steps: list[int]) -> "Metrics":
+        """And the means "name/NN" of each step, see by_step()."""
+        return replace(self, means=[*self.means, *(f"{name}/{i:02d}" for name in names for i in steps)])
+
     @property
     def columns(self) -> list[str]:
         return [*self.means, *(key.removesuffix("mean") + "std" for key in self.stds), *self.tops, *self.more]
+
+
+def by_step(i: torch.Tensor, values: dict) -> dict[str, torch.Tensor]:
+    """The rows (R,) of each value sorted by their steps i (R,), as "name/NN"."""
+    steps = i.unique().tolist()
+    return {f"{name}/{j:02d}": value[i == j] for name, value in values.items() for j in steps}
+
+
+def write_influence(run, steps: list[int], h: torch.Tensor) -> None:
+    """influence.json: h_t (T,), the weight of the value's gradient in that of o, with mean 1 over `steps`."""
+    if run.is_main:
+        write_json(run.dir / "influence.json", {"step": steps, "h": (h[steps] / h[steps].mean()).tolist()})
 
 
 class Stats:
@@ -917,10 +942,11 @@ class Stats:
 
 # ---- held-out evaluation -----------------------------------------------------
 @torch.no_grad()
-def draw(policy, args, indices, desc="") -> tuple[torch.Tensor, list[common.Prompt]]:
+def draw(policy, args, indices, desc="", distances: dict | None = None) -> tuple[torch.Tensor, list[common.Prompt]]:
     """Images (N, 3, H, W) on the CPU of the held-out prompts (repeated in order as needed) with these indices.
 
-    The noise depends on the image's index alone: the same in every run and epoch.  desc: of a progress bar.
+    The noise depends on the image's index alone: the same in every run and epoch.  desc: of a progress bar;
+    distances: the tensors (N,) of common.path_distance(), to be filled in for the first WATCHED of all images.
     """
     prompts = [args.eval_prompt_list[n % len(args.eval_prompt_list)] for n in indices]
     kernel, level = (args.kernel, args.noise_level) if args.eval_kernel == "same" else ("ode", 0.0)
@@ -931,6 +957,11 @@ def draw(policy, args, indices, desc="") -> tuple[torch.Tensor, list[common.Prom
         rows = slice(start, start + args.micro_batch_size)
         noise = common.sample_noise(0, "held-out", indices[rows], grid.steps, policy.latent_shape, policy.device)
         path = common.rollout(policy, grid, cond[rows], noise, args.eval_cfg, len(noise), desc="")
+        count = min(len(noise), WATCHED - indices[start])
+        if distances and count > 0:
+            found = common.path_distance(policy, grid, path, count, args.eval_cfg, args.logprob_reduce)
+            for values, value in zip(distances.values(), found):
+                values[start : start + count] = value
         images.append(policy.decode(path.x[:, -1]).cpu())
         bar.update(len(noise))
     bar.close()
@@ -945,9 +976,11 @@ def held_out_share(args, run) -> int:
 def score_held_out(policy, args, run, reward, more) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
     """This process's share of the held-out images, drawn and scored: {name: (share,)}, and the images."""
     share = held_out_share(args, run)
-    images, prompts = draw(policy, args, range(run.rank * share, (run.rank + 1) * share), "held-out images")
+    names = ("drift", "kl") if args.eval_kernel == "same" else ("drift",)
+    scores = {name: torch.full((share,), torch.nan, device=run.device) for name in names}
+    mine = range(run.rank * share, (run.rank + 1) * share)
+    images, prompts = draw(policy, args, mine, "held-out images", scores)
     texts, extra = [p.text for p in prompts], [p.metadata for p in prompts]
-    scores = {}
     for scorer in (reward, more):
         if scorer is not None and not scorer.grouped:  # it would say nothing of one image
             total, parts = scorer(images.to(run.device), texts, extra, chunk=args.reward_batch_size)
@@ -967,8 +1000,12 @@ def keep_images(images: torch.Tensor, args, run, epoch: int) -> None:
 
 
 def held_out_metrics(scores: dict[str, torch.Tensor], args, run, epoch: int) -> dict[str, float]:
-    """Held-out reward (mean, standard error), its terms and the --eval-rewards; each image's scores go to eval/."""
+    """Held-out reward (mean, standard error), its terms and the --eval-rewards; each image's scores go to eval/.
+
+    And the distance to the reference, of the first WATCHED images.
+    """
     scores = {name: gather(value.to(run.device))[: args.eval_images] for name, value in scores.items()}
+    far = {f"eval/{name}": scores.pop(name)[:WATCHED].mean().item() for name in ("drift", "kl") if name in scores}
     if run.is_main:
         texts = [args.eval_prompt_list[n % len(args.eval_prompt_list)].text for n in range(args.eval_images)]
         (run.dir / "eval").mkdir(exist_ok=True)
@@ -977,7 +1014,7 @@ def held_out_metrics(scores: dict[str, torch.Tensor], args, run, epoch: int) -> 
         write_json(run.dir / "eval" / f"epoch_{epoch:04d}.json", content)
     scores = {name: scored(value) for name, value in scores.items()}
     result = {f"eval/{name}": value.mean().item() for name, value in scores.items()}
-    return result | {"eval/reward_se": scores["reward"].std().item() / len(scores["reward"]) ** 0.5}
+    return result | far | {"eval/reward_se": scores["reward"].std().item() / len(scores["reward"]) ** 0.5}
 
 
 # ---- log ---------------------------------------------------------------------
@@ -1051,7 +1088,8 @@ class Recorder:
         terms = [f"reward/{t.name}" for t in self.reward.terms] + ["reward/skipped"] * args.skip_failed
         held = [f"eval/{t.name}" for r in scorers if r and not r.grouped for t in r.terms]
         keys = ["reward/mean", "reward/std", *terms, *metrics.columns, "grad/bad_steps", "calls/network"]
-        keys += ["time/rollout", "time/reward", "time/update", "mem/peak_gb", "eval/reward", "eval/reward_se", *held]
+        keys += ["time/rollout", "time/reward", "time/update", "mem/peak_gb", "eval/reward", "eval/reward_se"]
+        keys += ["eval/drift", "eval/kl"][: 1 + (args.eval_kernel == "same")] + held
         self.logger, self.calls, self.clock = Logger(run, args, keys), 0, []
 
     def epochs(self):

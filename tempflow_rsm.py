@@ -132,6 +132,8 @@ def parse_args(argv=None):
     flag("--tree-splits", "0,3,6,9", "text", "steps with two children (BranchGRPO: 0,3,6,9 of 20)")
     tail = "trunk: how a child goes on (TempFlow: ode); tree: untrained steps (PCPO: sde)"
     flag("--tail", "ode", ["ode", "sde"], tail)
+    far = "of a child, then r of x0_hat for r of x_0 (RSM Eq. 15, Fig. 8; i - j); 0 = to the end (j = 0)"
+    flag("--lookahead", 0, "int >= 0", f"steps {far}")
     flag("--grouping", "seed", ["seed", "prompt"], "A among the image's children, or the prompt's (SD1.5)")
     flag("--adv-eps", 1e-4, "float > 0", "A = (r - mean) / (std + this) (RSM, TempFlow: 1e-4; PCPO: 1e-8)")
     flag("--adv-unbiased", False, "yes/no", "std over the group's size - 1 (BranchGRPO, with eps 1e-8)")
@@ -198,6 +200,14 @@ def rsm_loss(adv, drift, moved, z, gamma, c2, beta: float, open_row) -> torch.Te
     return beta / 2 * (drift - keep * g * a * z / beta) ** 2 + beta / 2 * keep * c * moved**2
 
 
+def influence(grid: common.Grid, w_loss, args) -> torch.Tensor:
+    """h_t (T,) up to a constant: the weight of the value's gradient in that of o.  RSM Eq. 23."""
+    one, pcpo = torch.ones_like(grid.sigma), w_loss / grid.w
+    rule = args.reweight, args.fair_clip
+    gamma, _ = temporal_weights(*rule, one, grid.sigma, grid.dt, pcpo, args.tempflow_scale)
+    return gamma * grid.o_coef.abs()
+
+
 @dataclass
 class Level:
     """What the rollout keeps of step i: P states with B children each; B = 0 for anchors."""
@@ -238,12 +248,13 @@ class Rows:
         states = (v[p] for v in (self.x_t, self.o_old, self.o_ref, self.step, self.image, self.width))
         return Rows(*states, *(v[c] for v in (self.z, self.adv, self.equal, self.counts)))
 
-    def find(self, pairs: torch.Tensor) -> torch.Tensor:
-        """The states of these (image, step): several in a tree, none for an anchor left out."""
+    def find(self, pairs: torch.Tensor, most: int | None = None) -> torch.Tensor:
+        """The states of these (image, step), at most so many of each: several in a tree, none for an
+        anchor left out."""
         of = defaultdict(list)
         for p, pair in enumerate(zip(self.image.tolist(), self.step.tolist())):
             of[pair].append(p)
-        return torch.tensor([p for n, i in pairs.tolist() for p in of[n, i]], dtype=torch.long)
+        return torch.tensor([p for n, i in pairs.tolist() for p in of[n, i][:most]], dtype=torch.long)
 
 
 def all_rows(levels: dict[int, Level], *children: torch.Tensor) -> Rows:
@@ -284,6 +295,8 @@ def main(args):
     optimiser = harness.make_optimiser(args, run, theta)
     spreads = [f"value_std/{i:02d}" for i in branching]
     columns = dataclasses.replace(METRICS, more=(*spreads, *METRICS.more))
+    columns = columns.with_steps(["clip_frac"], branching)
+    harness.write_influence(run, branching, influence(sde, w_loss, args))
     recorder = harness.Recorder(
         run, args, policy, optimiser, (reward, more), rewards.RewardError, columns
     )
@@ -329,6 +342,10 @@ def main(args):
         # ---- 4 update --------------------------------------------------------
         recorder.phase()
         stats, norms = recorder.stats(epoch), []
+        if not needs_reference(args):  # at a few states with children, for the log
+            some = every[every.find(harness.watched_rows(args, batch, branching, epoch), 1)]
+            at, how = (some.step, some.x_t, some.o_old, batch.cond[some.image]), (args.cfg, args.logprob_reduce)
+            stats.add({"kl/ref": common.reference_kl(policy, sde, *at, *how, args.micro_batch_size)})
         steps = sorted(branching + ([] if args.anchor_first else anchors))
         for update, part in enumerate(harness.epoch_updates(args, batch, steps, epoch)):
             mine = every.find(part)
@@ -367,9 +384,9 @@ def main(args):
                 anchored = anchored * (args.anchor_first or 1.0)
                 optimiser.backward(total.sum() / max(1.0, count["rows"]) + anchored)
                 ratio, outside = log_ratio.exp(), log_ratio.abs() > xi
-                stats.add({
-                    "loss/total": total, "loss/policy": loss, "loss/kl": kl,
-                    "loss/anchor": anchor, "kl/ref": kl_ref,
+                stats.add(harness.by_step(i, {"clip_frac": outside.float()}) | {
+                    "loss/total": total, "loss/policy": loss, "loss/kl": kl, "loss/anchor": anchor,
+                    **({"kl/ref": kl_ref} if needs_reference(args) else {}),
                     "ratio/mean": ratio, "ratio/clip_frac": outside.float(),
                     "ratio/approx_kl": 0.5 * log_ratio**2,
                     "adv/mean": rows.adv, "adv/zero_std_frac": rows.equal.float(),
@@ -470,7 +487,8 @@ def trunk_rollout(policy, sde, ode, batch, widths, args, epoch, bar, kept=None):
 
 
 def child_ends(policy, sde, ode, batch, level, i: int, args, epoch):
-    """x_0 (N B, C, h, w) of step i's children, and on the way sum log(p_old / p_ref), (N, B).
+    """x_0, or x0_hat after --lookahead steps, (N B, C, h, w) of step i's children, and on the way
+    sum log(p_old / p_ref), (N, B).
 
     The sum is of the stochastic steps of --tail sde and for --entropy, else 0.
     """
@@ -479,6 +497,8 @@ def child_ends(policy, sde, ode, batch, level, i: int, args, epoch):
     cond = batch.cond[level.image.repeat_interleave(cost.shape[1])]
     for j in range(i + 1, ode.steps):  # all children of all images in one batch
         o = evaluate(policy, ode, args, x, cond, j)
+        if j == i + args.lookahead:
+            return ode.x0_hat(x, o, j), cost
         if args.tail == "ode" or j >= args.train_steps or sde.sigma[j] < common.MIN_SIGMA:
             x = ode.mu(x, o, j)
             continue
@@ -613,6 +633,7 @@ def check(args):
     args.widths = children_per_step(args)
     later = f"--entropy {args.entropy} needs stochastic later steps"
     need(not args.entropy or tree or args.tail == "sde", f"{later}; use --branching tree or --tail sde")
+    need(not args.lookahead or not tree, "--lookahead is of a trunk's children, not of a tree; leave it out")
     childless = f"--anchor-beta {args.anchor_beta} is of states without children, a tree has none"
     need(not args.anchor_beta or not tree, f"{childless}; leave it out")
     flags = "--shared-blocks" if args.shared_blocks else "--shared-noise"
@@ -699,12 +720,13 @@ def parse_profile(args) -> list[int]:
     return [given.get(i, 0) for i in range(steps)]
 
 
-def network_evaluations(widths: list[int], last: int) -> int:
-    """Per image and guidance branch: the trunk up to step `last`, and each child's way to the end.
+def network_evaluations(widths: list[int], last: int, lookahead: int = 0) -> int:
+    """Per image and guidance branch: the trunk up to step `last`, and each child's way to its reward.
 
     The published counts add one per child for evaluating its parent again.
     """
-    return last + 1 + sum(b * (len(widths) - 1 - i) for i, b in enumerate(widths))
+    left = len(widths) - 1  # of the first step's child
+    return last + 1 + sum(b * min(left - i, lookahead or left) for i, b in enumerate(widths))
 
 
 def sizes(args) -> dict[str, str]:
@@ -718,10 +740,11 @@ def sizes(args) -> dict[str, str]:
         children = sum(before[i] * widths[i] for i in training)
         lines = {"leaves per image": str(leaves)}
     else:
-        calls = network_evaluations(widths, max([*training, *anchors]))
+        calls = network_evaluations(widths, max([*training, *anchors]), args.lookahead)
         leaves, parents, children = rows, len(training), rows
         if args.entropy:  # the reference along stochastic tails
-            tails = sum(b * max(0, args.train_steps - 1 - i) for i, b in enumerate(widths))
+            most = (args.lookahead or args.steps) - 1  # the last evaluation gives x0_hat alone
+            tails = sum(b * max(0, min(args.train_steps - 1 - i, most)) for i, b in enumerate(widths))
         lines = {"children per image": f"{rows} on {len(training)} steps: {' '.join(map(str, widths))}"}
     kept = anchor_count(args, anchors, rows)
     states, reference = samples * parents + kept, samples * parents * needs_reference(args) + kept
@@ -733,7 +756,8 @@ def sizes(args) -> dict[str, str]:
     first, twice = samples * calls * passes, samples * (calls + rows) * passes
     again = f"({twice} if parents were evaluated again)"
     update = f"{states * passes * args.inner_epochs} with gradient"
-    frozen = f"{(reference + samples * tails) * passes} of the reference"
+    watched = 0 if needs_reference(args) else min(harness.WATCHED, samples * len(training))  # for the log
+    frozen = f"{(reference + samples * tails + watched) * passes} of the reference"
     return lines | {
         "network evaluations per epoch": f"{first} in the rollout {again}, {update}, {frozen}",
         "decodes and reward evaluations per epoch": f"{samples * leaves} images",

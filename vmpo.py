@@ -82,7 +82,7 @@ PRESETS = {
 METRICS = harness.Metrics(
     means=[
         "loss/total", "loss/theta", "loss/mean", "loss/kl", "kl/ref",
-        "log_w/mean", "log_r/mean", "potential/mean", "ratio/mean", "ratio/clip_frac",
+        "log_w/mean", "log_r/mean", "potential/mean", "ratio/mean", "ratio/clip_frac", "phi/net", "phi/reward",
     ],
     stds=("log_w/mean", "log_r/mean", "potential/mean"),
     tops=("ratio/max", "ratio/start_deviation"),
@@ -225,6 +225,8 @@ def main(args):
     reward, more = rewards.load_args(args, run.device)
     grid = policy.grid(args.steps, args.kernel, args.noise_level)
     steps = common.policy_steps(grid, args.train_steps)
+    if args.objective not in GRADIENT:  # log w is a multiplier of z, as A is
+        harness.write_influence(run, steps, grid.o_coef.abs())
     phi = learned_networks(policy, args)
     learned = [(list(phi.parameters()), args.mean_lr, args.mean_max_grad_norm)]
     optimiser = harness.make_optimiser(args, run, theta, *(learned if len(phi) else []))
@@ -324,6 +326,8 @@ def main(args):
                     "ratio/mean": ratio, "ratio/clip_frac": outside.float(),
                 })  # fmt: skip
                 stats.top("ratio/max", ratio.max().item())
+                if "potential" in phi or "residual" in phi:
+                    stats.add(learned_size(phi, path, grid, reward_t, grad_r, n, i, args.beta))
             norms.append(optimiser.step())  # 4d: all-reduce, clip, AdamW on theta and on phi
 
         # ---- 5 log, samples, checkpoint, eval --------------------------------
@@ -402,6 +406,20 @@ def learned_potential(net, path, grid, reward_t, n, i, beta):
         return (1 + nu[j] * net(path.x[n, j], t[j]).flatten(1).mean(1)) * reward_t[n, j]
 
     return (value(i + 1) - value(i)) / beta
+
+
+@torch.no_grad()
+def learned_size(phi, path, grid, reward_t, grad_r, n, i, beta) -> dict[str, torch.Tensor]:
+    """How large the learned part is, and what it is added to, each (R,): (F_phi - 1) r_t / beta and
+    r_t / beta, or the norms of G_phi(x_s) and grad r / beta."""
+    if "potential" in phi:
+        t, own = grid.t[i].to(path.x), reward_t[n, i] / beta
+        net = grid.nu[i].to(t) * phi["potential"](path.x[n, i], t).flatten(1).mean(1) * own
+        return {"phi/net": net.abs(), "phi/reward": own.abs()}
+    t_next = torch.cat([grid.t, torch.zeros(1, dtype=torch.float64)])[i + 1].to(path.x)
+    net = phi["residual"](path.x[n, i + 1], t_next)
+    norms = (value.flatten(1).norm(dim=1) for value in (net, grad_r[n, i + 1] / beta))
+    return dict(zip(("phi/net", "phi/reward"), norms))
 
 
 @torch.no_grad()

@@ -329,23 +329,47 @@ def test_mixed_grid_is_stochastic_inside_and_the_ode_outside(kind):
     assert sde.sigma.min() > 0  # the SDE's own grid is left alone
 
 
-def test_windows_start_where_their_mode_says():
+def test_windows_lie_where_their_mode_says():
     for lap in range(40):
-        assert grpo.window_start("fixed", 2, 1, 6, lap, 0) == 1
-        assert grpo.window_start("progressive", 2, 1, 6, lap, 0) == [1, 2, 3, 4][lap % 4]
-        assert grpo.window_start("progressive", 5, 1, 6, lap, 0) == grpo.window_start("random", 5, 1, 6, lap, 0) == 1
+        assert grpo.window("fixed", 2, 1, 6, lap, 0) == [1, 2]
+        assert grpo.window("random", 5, 1, 6, lap, 0) == [1, 2, 3, 4, 5]
+
+
+def test_the_progressive_window_is_mixgrpos():
+    """Its GRPOTrainingStates with roll-back: 25 steps, of which the last is T - 3; a window of 4 moves by 1 every 25
+    iterations and shrinks at the end.  Theirs is then empty for 25 iterations, which train nothing: left out here."""
+    T, width, every, start = 25, 4, 25, 0
+    official, inside = [], 0
+    for _ in range(3 * every * T):
+        official.append(list(range(start, min(start + width, T - 2))))
+        inside += 1
+        if inside >= every:
+            inside, start = 0, start + 1
+        if start > T - 2:
+            inside, start = 0, 0
+    kept = [steps for steps in official if steps]
+    ours = [grpo.window("progressive", width, 0, T - 2, epoch // every, 0) for epoch in range(len(kept))]
+    assert ours == kept and {len(steps) for steps in ours} == {4, 3, 2, 1}
+
+
+def test_a_shrinking_window_needs_updates_that_fit_one_step(capsys):
+    flags = "--preset tiny --num-prompts 3 --group-size 5 --sde-window 2 --updates-per-epoch 2".split()
+    assert grpo.parse_args([*flags, "--sde-window-mode", "fixed"]).sde_window == 2
+    with pytest.raises(SystemExit):
+        grpo.parse_args([*flags, "--sde-window-mode", "progressive"])
+    assert "does not divide the 15 transitions" in capsys.readouterr().err
 
 
 def test_random_windows_lie_in_their_range_and_depend_on_seed_and_lap_only():
-    draws = [grpo.window_start("random", 2, 1, 6, lap, 7) for lap in range(400)]
+    draws = [grpo.window("random", 2, 1, 6, lap, 7)[0] for lap in range(400)]
     assert set(draws) == {1, 2, 3, 4}
     counts = torch.bincount(torch.tensor(draws))[1:]
     assert ((counts - 100).abs() < 4 * math.sqrt(75)).all()  # uniform, 4 standard deviations
     torch.manual_seed(0)
     state = torch.get_rng_state()
-    assert draws == [grpo.window_start("random", 2, 1, 6, lap, 7) for lap in range(400)]
+    assert draws == [grpo.window("random", 2, 1, 6, lap, 7)[0] for lap in range(400)]
     assert torch.equal(torch.get_rng_state(), state)
-    assert draws != [grpo.window_start("random", 2, 1, 6, lap, 8) for lap in range(400)]
+    assert draws != [grpo.window("random", 2, 1, 6, lap, 8)[0] for lap in range(400)]
 
 
 # ---- KL -------------------------------------------------------------------------------------------------------------

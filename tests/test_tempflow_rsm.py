@@ -627,6 +627,32 @@ def test_branch_noise_depends_on_seed_epoch_step_and_sample_only():
     assert abs(flat.mean()) < 4 / flat.numel() ** 0.5 and abs(flat.var() - 1) < 4 * (2 / flat.numel()) ** 0.5
 
 
+@pytest.mark.parametrize("depth", [1, 2, 9])
+@pytest.mark.parametrize("tail", ["ode", "sde"])
+@pytest.mark.parametrize("kind", MODEL)
+def test_the_look_ahead_ends_in_tweedies_estimate(kind, tail, depth, draws):
+    """RSM Eq. 15: a child's reward at x0_hat(x_{t_j}), i - j = depth, or at x_0 where the end comes before; with one
+    evaluation of each child a step, as many as --dry-run says."""
+    steps, widths, toy = 5, [2, 0, 3, 2, 0], Toy(kind, 5)
+    k, batch = toy.k, toy.batch()
+    flags = "--steps 5 --micro-batch-size 64 --profile 2,0,3,2 --kl none --lookahead"
+    args = parse("--model", MODEL[kind], flags, str(depth), "--tail", tail)
+    levels, leaves = tempflow.trunk_rollout(toy, toy.sde, toy.ode, batch, widths, args, 0, bar())
+    assert sum(rows for rows, *_ in toy.calls) == 3 * tempflow.network_evaluations(widths, 3, depth)
+    for i, (x0, _) in leaves.items():
+        for n, b in ((n, b) for n in range(3) for b in range(widths[i])):
+            y = k.mean(levels[i].x_t[n], toy.out(levels[i].x_t[n], i, n), i) + k.sigma[i] * draws[str(i)][n, b]
+            for j in range(i + 1, steps):
+                o = toy.out(y, j, n)
+                if j == i + depth:
+                    alpha, nu = toy.ode.alpha[j], toy.ode.nu[j]
+                    y = y - nu * o if kind == "flow" else (y - nu * o) / alpha
+                    break
+                noisy = tail == "sde" and j < args.train_steps
+                y = k.mean(y, o, j) + k.sigma[j] * draws[f"{i}/{j}"][n, b] if noisy else k.ode(y, o, j)
+            close(x0.view(3, widths[i], *toy.latent_shape)[n, b], y, 1e-4)
+
+
 @pytest.mark.parametrize("tail", ["ode", "sde"])
 @pytest.mark.parametrize("kind", MODEL)
 def test_a_child_is_one_sde_step_from_the_ode_trunk(kind, tail, draws):
@@ -1254,7 +1280,8 @@ def test_without_kl_only_the_kept_anchors_meet_the_reference(tape):
             assert len(level.x_t) == len(level.o_old) == len(level.o_ref) == len(level.image)
             for n, x in zip(level.image.tolist(), level.x_t):
                 assert any((call.x == x).flatten(1).all(1).any() and call.off for call in run.calls), (n, i)
-    assert sum(len(call.x) for call in run.calls if call.off) == len(kept) == 6
+    for_the_log = 6 * 2  # all states with children, which are fewer than WATCHED
+    assert sum(len(call.x) for call in run.calls if call.off) == len(kept) + for_the_log == 6 + 12
     assert run.metrics["kl/ref"] > 0 and run.metrics["loss/kl"] == 0 and run.metrics["loss/anchor"] > 0
 
 
