@@ -91,12 +91,12 @@ SIZES = [  # the papers' experiments: what --dry-run must say
     ("vmpo", "--preset sd15-hpsv2", ["128 = 128 prompts x 1", "6400, 3200 per update",  # 128 x 50 steps (App. D)
                                      "6528 images"]),  # 128 x (50 + 1): Diff scores every step and the end
     ("grpo", "--preset vmpo-baseline-sd15-hpsv2", ["128 = 16 prompts x 8", "6400, 3200 per update", "all 50",
-                                                   "128 images", "12800 in the rollout, 0 of the reference, 12800 w"]),
+                                                   "128 images", "12800 in the rollout, 64 of the reference, 12800 w"]),
     ("grpo", "--preset ddpo-sd15", ["256 = 256 prompts x 1", "12800, 6400 per update", "2 per epoch, 400 in all"]),
     ("grpo", "--preset flowgrpo-sd35-ocr --prompts prompts/ocr_test.txt",
      ["1152 = 48 prompts x 24", "10368, 5184 per update", "23040 in the rollout, 20736 of the reference, 20736 with"]),
     ("grpo", "--preset flowgrpo-fast --prompts prompts/ocr_test.txt",
-     ["3 of 10, random", "11520 in the rollout, 0 of the reference, 3456 with gradient", "3456, 1728 per update"]),
+     ["3 of 10, random", "11520 in the rollout, 32 of the reference, 3456 with gradient", "3456, 1728 per update"]),
     ("grpo", "--preset pcpo-sd15", ["128 = 8 prompts x 16", "6272, 3136 per update"]),
     ("awm", "--preset awm-ocr --prompts prompts/ocr_test.txt",
      ["1152 = 48 prompts x 24", "4 per image, law discrete", "2 per epoch",

@@ -456,7 +456,7 @@ def test_the_dance_preset_is_dancegrpos_script(capsys):
     with pytest.raises(SystemExit):
         grpo.parse_args(["--preset", "dance-sd35", "--dry-run"])
     said = capsys.readouterr().out
-    sizes = [f"{192 * 9}, {192 * 9 // 3} per update", "0 of the reference, 3456 with gradient", "900 in all"]
+    sizes = [f"{192 * 9}, {192 * 9 // 3} per update", "64 of the reference, 3456 with gradient", "900 in all"]
     sizes += ["kernel dance, noise level 0.3", "16, of which 15 are trained", "192 = 16 prompts x 12", "note "]
     assert all(words in said for words in sizes), said
     released = dict(adv_norm="group", adv_unbiased=True, adv_eps=1e-8, kl="none", shared_noise=True, ema_decay=0,

@@ -1317,7 +1317,7 @@ def test_one_start_for_each_block_of_an_epoch(folder):
 
 def test_an_update_of_dropped_anchors_only_is_no_update(folder):
     flags = "--profile 2 --anchor-beta 0.1 --anchor-max-ratio 0 --updates-per-epoch 2 --name none"
-    batch = SimpleNamespace(indices=range(2))
+    batch = SimpleNamespace(indices=range(2), kept=None)
     for seed in range(99):
         args = parse(flags, "--seed", seed)
         if sum((part[:, 1] == 0).any() for part in harness.epoch_updates(args, batch, [0, 1, 2], 0)) == 1:
