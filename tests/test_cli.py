@@ -91,7 +91,7 @@ SIZES = [  # the papers' experiments: what --dry-run must say
     ("vmpo", "--preset sd15-hpsv2", ["128 = 128 prompts x 1", "6400, 3200 per update",  # 128 x 50 steps (App. D)
                                      "6528 images"]),  # 128 x (50 + 1): Diff scores every step and the end
     ("grpo", "--preset vmpo-baseline-sd15-hpsv2", ["128 = 16 prompts x 8", "6400, 3200 per update", "all 50",
-                                                   "128 images", "12800 in the rollout, 64 of the reference, 12800 w"]),
+                                                   "128 images", "12800 in the rollout, 64 of the reference, 12800"]),
     ("grpo", "--preset ddpo-sd15", ["256 = 256 prompts x 1", "12800, 6400 per update", "2 per epoch, 400 in all"]),
     ("grpo", "--preset flowgrpo-sd35-ocr --prompts prompts/ocr_test.txt",
      ["1152 = 48 prompts x 24", "10368, 5184 per update", "23040 in the rollout, 20736 of the reference, 20736 with"]),

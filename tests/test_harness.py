@@ -345,8 +345,8 @@ def test_find_model_of_an_unknown_name(name, words, monkeypatch):
 def test_find_model_of_an_unsuitable_folder(tmp_path):
     with pytest.raises(common.UsageError, match="without model_index.json"):
         harness.find_model(str(tmp_path))
-    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "FluxPipeline"}))
-    with pytest.raises(common.UsageError, match="FluxPipeline; supported are StableDiffusionPipeline"):
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "PixArtAlphaPipeline"}))
+    with pytest.raises(common.UsageError, match="PixArtAlphaPipeline; supported are StableDiffusionPipeline"):
         harness.find_model(str(tmp_path))
 
 
