@@ -17,6 +17,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: on a busy C
 import csv
 import hashlib
 import importlib.util
+import inspect
 import json
 import re
 import shlex
@@ -44,6 +45,7 @@ TINY = dict(
     images_per_prompt=4, cfg=1.0, steps=10, max_sequence_length=10,
     batch_size=64, decode_batch_size=64, reward_batch_size=256,
 )  # fmt: skip
+RSM = dict(prompts="prompts/geneval_official.jsonl", rewards="hpsv2", diversity="dreamsim", images_per_prompt=4)
 PRESETS = {
     # VMPO Tables 1 and 2: SD1.5, 100 prompts x 10 images; the protocol of soc-fine-tuning-sd
     "vmpo-table1": dict(model="sd15", prompts="prompts/benchmark_ir.txt", rewards="hpsv2,imagereward,clipscore",
@@ -52,13 +54,28 @@ PRESETS = {
     "sd35-ocr": SD35 | dict(prompts="prompts/ocr_test.txt", rewards="ocr"),
     # AWM Table 1: 553 prompts x 4 images, the mean of the six tags
     "geneval": SD35 | dict(prompts="prompts/geneval_official.jsonl", rewards="geneval", images_per_prompt=4),
+    # AWM Table 2: Pick-a-Pic's test prompts of Flow-GRPO
+    "pickscore": SD35 | dict(prompts="", rewards="pickscore"),
     # VMPO Table 3's check against hacking; add DeQA and UnifiedReward, which need servers
     "drawbench": SD35 | dict(prompts="", rewards="aesthetic,imagereward,pickscore"),
-    # HPSv2's test prompts as in DanceGRPO, MixGRPO and RSM
+    # RSM Fig. 5 and 7: HPSv2.1 and diversity on GenEval's test prompts, each model as it was trained
+    "rsm-hpsv2-sd35": SD35 | RSM | dict(resolution=1024, steps=20, cfg=5.0, max_sequence_length=256),
+    "rsm-hpsv2-sd15": RSM | dict(model="sd15", steps=50, cfg=5.0),
+    # DPG-Bench: 1,065 prompts x 4 images, asked about by a served vision-language model
+    "dpg-bench": SD35 | dict(prompts="", rewards="dpg", images_per_prompt=4, max_sequence_length=256),
+    # HPDv2's test prompts as in MixGRPO
     "hpdv2-test": dict(model="sd15", prompts="prompts/hpdv2_test400.txt", rewards="hpsv2", images_per_prompt=1),
     "tiny": TINY | dict(model="tiny-sd35"),
     "tiny-sd15": TINY | dict(model="tiny-sd15"),
 }  # fmt: skip
+# AWM and NFT train without guidance, and their codes evaluate so: a LoRA of theirs belongs here
+PRESETS |= {f"{name}-nocfg": PRESETS[name] | dict(cfg=1.0) for name in ("sd35-ocr", "geneval", "pickscore")}
+MISSING = {
+    "drawbench": "DrawBench's prompts come without a licence (where to get them: prompts/README.md)",
+    "pickscore": "Pick-a-Pic's prompts are unfiltered text of users (2,048: Flow-GRPO's dataset/pickscore/test.txt)",
+    "dpg-bench": "DPG-Bench's questions are not shipped (python -m judges.questions dpg_bench.csv dpg_bench.jsonl)",
+}
+MISSING["pickscore-nocfg"] = MISSING["pickscore"]
 # steps and cfg where neither flag nor preset says
 SAMPLER = {common.SD15: (50, 5.0), common.SD35: (40, 4.5), common.Flux: (28, 3.5)}
 # of a run's args.json: what --panel takes over as it is
@@ -105,9 +122,10 @@ def parse_args(argv=None):
     parser.set_defaults(offload_text_encoders=True)
     try:
         first = parser.parse_args(argv)
-        own = panel_defaults(first) if first.panel else {}
+        own = panel_defaults(first) if first.panel else lora_defaults(first)
         parser.set_defaults(**own | PRESETS.get(first.preset, {}))
         args = parser.parse_args(argv)
+        own_paths(args, first, own)
         args.command = shlex.join(["python", "eval.py", *(sys.argv[1:] if argv is None else argv)])
         harness.check_limits(parser, args)
         check_args(args)
@@ -120,18 +138,24 @@ def parse_args(argv=None):
     return args
 
 
+def run_settings(own: dict) -> dict:
+    """A run's args.json -> its own evaluation as flags."""
+    found = {name: own[name] for name in SAME}
+    found |= {"steps": own["eval_steps"], "batch_size": own["micro_batch_size"]}
+    found["cfg"] = own.get("eval_cfg", own["cfg"])
+    if own["eval_kernel"] == "same":
+        found |= {name: own[name] for name in ("kernel", "noise_level")}
+    specs = [spec for spec in (own["reward"], own["eval_rewards"]) if spec and not rewards.is_grouped(spec)]
+    names = dict.fromkeys(name for spec in specs for name, _ in rewards.parse_spec(spec))
+    return found | dict(prompts=own["eval_prompts"] or own["prompts"], rewards=",".join(names))
+
+
 def panel_defaults(args) -> dict:
     """--panel RUN: the run's own evaluation as flags, with K = 4 and --eval-images in all."""
     run = Path(args.panel)
     try:
         own = json.loads((run / "args.json").read_text())["args"]
-        found = {name: own[name] for name in SAME}
-        found |= {"steps": own["eval_steps"], "batch_size": own["micro_batch_size"]}
-        found["cfg"] = own.get("eval_cfg", own["cfg"])
-        if own["eval_kernel"] == "same":
-            found |= {name: own[name] for name in ("kernel", "noise_level")}
-        prompts, images = own["eval_prompts"] or own["prompts"], own["eval_images"]
-        specs = filter(None, [own["reward"], own["eval_rewards"]])
+        found, images = run_settings(own), own["eval_images"]
     except (OSError, ValueError, KeyError, TypeError) as problem:
         need(False, f"--panel {run} is no run folder ({problem!r}); give a trainer's, e.g. runs/NAME")
     need(not args.lora, f"--panel {run} evaluates the run's own checkpoints; leave --lora out")
@@ -139,12 +163,58 @@ def panel_defaults(args) -> dict:
     epochs = sorted(run.glob("checkpoints/epoch_*[0-9]/" + LORA_FILE), key=lambda file: int(file.parent.name[6:]))
     need(epochs, f"--panel {run} has no checkpoint yet; let it train longer")
     count = min(args.checkpoints, len(epochs))
-    names = dict.fromkeys(name for spec in specs for name, _ in rewards.parse_spec(spec))
     return found | dict(
         lora=[str(epochs[(i + 1) * len(epochs) // count - 1].parent) for i in range(count)],
-        prompts=prompts, num_prompts=min(max(1, images // 4), len(harness.load_prompts(prompts))),
-        images_per_prompt=4, rewards=",".join(names), diversity="diversity-clip", trained_on=own["reward"],
+        num_prompts=min(max(1, images // 4), len(harness.load_prompts(found["prompts"]))),
+        images_per_prompt=4, diversity="diversity-clip", trained_on=own["reward"],
     )  # fmt: skip
+
+
+def runs_of(args) -> dict[str, dict]:
+    """{run folder: its flags} of those --lora that lie in one."""
+    found = {}
+    for given in args.lora:
+        place = Path(given).absolute()
+        for folder in (place, place.parent.parent, place.parent.parent.parent):  # RUN, its checkpoint, its file
+            try:
+                found[folder.name] = json.loads((folder / "args.json").read_text())["args"]
+                break
+            except (OSError, ValueError, KeyError, TypeError):
+                continue
+    return found
+
+
+def lora_defaults(args) -> dict:
+    """--lora RUN: model, sampler, prompts and rewards of its own evaluation; flags and presets win."""
+    for own in runs_of(args).values():
+        try:
+            found = run_settings(own)
+        except (KeyError, TypeError, common.UsageError, rewards.UsageError):  # of another version, or moved
+            return {}
+        return found if found["rewards"] else found | {"rewards": args.rewards}
+    return {}
+
+
+def differences(args) -> list[str]:
+    """What the images are drawn with that neither the run's training nor its own evaluation had."""
+    found = []
+    for name, own in runs_of(args).items():
+        for key in ("cfg", "resolution", "steps", "max_sequence_length"):
+            trained, tested = own.get(key), own.get(f"eval_{key}", own.get(key))
+            mine = getattr(args, key)
+            if trained is not None and mine not in (trained, tested) and (args.kind == "flow" or "length" not in key):
+                flag, also = "--" + key.replace("_", "-"), f" and evaluated at {tested}" * (tested != trained)
+                found.append(f"warning: {flag} {mine}, but {name} was trained at {trained}{also}")
+    return found
+
+
+def own_paths(args, first, own: dict) -> None:
+    """The run's --reward-path goes with the run's rewards: of others' they are left out."""
+    if own and not first.reward_path:
+        same, names = args.rewards == own["rewards"], {*args.rewards.split(","), args.diversity}
+        paths = rewards.parse_paths(args.reward_path)
+        kept = {name: path for name, path in paths.items() if name in names or not name and same}
+        args.reward_path = [f"{name}={path}" if name else path for name, path in kept.items()]
 
 
 def check_args(args) -> None:
@@ -162,6 +232,8 @@ def check_args(args) -> None:
     args.noise_level = harness.NOISE_LEVEL[args.kernel] if level is None else level
     steps, cfg = SAMPLER[args.backbone]
     args.steps, args.cfg = args.steps or steps, cfg if args.cfg is None else args.cfg
+    most = 500 if args.kind == "eps" else 1000
+    need(args.steps <= most, f"--steps {args.steps} is too many for {args.model}, trained on 1000; use at most {most}")
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -169,9 +241,8 @@ def check_args(args) -> None:
     except (RuntimeError, AssertionError) as problem:
         reason = str(problem).splitlines()[0]
         need(False, f"--device {args.device} cannot be used ({reason}); try --device cpu")
-    what = "DrawBench's prompts come without a licence; pass a file of them with --prompts"
-    given = args.prompts or args.preset != "drawbench"
-    need(given, f"--preset drawbench: {what} (where to get one: prompts/README.md)")
+    given = args.prompts or args.preset not in MISSING
+    need(given, f"--preset {args.preset}: {MISSING.get(args.preset)}; pass a file of them with --prompts")
     every, count = harness.load_prompts(args.prompts), args.num_prompts
     need(not count or count <= len(every), f"--num-prompts {count} is too many; --prompts has only {len(every)}")
     args.prompt_list = every[:count]
@@ -180,6 +251,8 @@ def check_args(args) -> None:
     args.paths = rewards.parse_paths(args.reward_path)
     texts, metadata = [p.text for p in args.prompt_list], [p.metadata for p in args.prompt_list]
     rewards.check(args.rewards, args.paths, texts, metadata)
+    same = f"--rewards {args.rewards} compares the images of one model with each other, which says nothing of it"
+    need(not rewards.is_grouped(args.rewards), f"{same}; leave it out")
     if args.diversity != "none":
         from judges.diversity import check_diversity
 
@@ -243,9 +316,13 @@ def check_lora(label: str, file: Path, net: torch.nn.Module) -> dict[str, torch.
         fits(label, layer in layers, f"the model has no layer {layer}")
         down, up = (weights.get(f"{layer}.lora_{x}.weight") for x in "AB")
         fits(label, down is not None and up is not None, f"{layer} has only one of lora_A and lora_B")
+        fits(label, up.ndim > 1 and down.ndim > 1, f"lora_B and lora_A of {layer} are no matrices")
         same = (up.shape[0], *down.shape[1:]) == layers[layer] and up.shape[1] == down.shape[0]
         sizes = f"{tuple(up.shape)} and {tuple(down.shape)}, the layer itself is {layers[layer]}"
         fits(label, same, f"lora_B and lora_A of {layer} are {sizes}")
+        floats = up.is_floating_point() and down.is_floating_point()
+        kind = f"{layer} has rank {len(down)} and {up.dtype}; expected are floats of rank 1 or more"
+        fits(label, floats and len(down), kind)
         fits(label, up.isfinite().all() and down.isfinite().all(), f"{layer} has NaN or infinite values")
     return weights
 
@@ -284,10 +361,20 @@ def model_identity(args) -> list:
 
 
 def code_of(reward: str) -> list[str]:
-    """What computes a reward: rewards.py, and the one file in judges/ or of yours."""
+    """What computes a reward: its own file, the judges that this names, and of rewards.py what every score passes."""
     place = "judges.diversity:" if reward in rewards.DIVERSITY else rewards.LOADERS.get(reward, reward)
-    module = place.partition(":")[0] if isinstance(place, str) and ":" in place else "rewards"
-    return [file_digest(rewards.__file__), file_digest(importlib.util.find_spec(module).origin)]
+    found = [inspect.getsource(f) for f in (rewards.eight_bit, rewards.pixels)]
+    if callable(place):  # in rewards.py itself
+        found.append(inspect.getsource(place))
+        left, seen = re.findall(r"\b(tiny\.\w+):", found[-1]), []
+    else:
+        left, seen = [place.partition(":")[0]], []
+    while left:
+        seen.append(left.pop())
+        code = Path(importlib.util.find_spec(seen[-1]).origin).read_text(encoding="utf-8")
+        left += set(re.findall(r"^from (judges\.\w+) import", code, re.M)) - {*seen, *left}
+    files = [file_digest(importlib.util.find_spec(name).origin) for name in sorted(seen)]
+    return [digest(found), *files]
 
 
 def make_keys(args) -> None:
@@ -445,6 +532,7 @@ def main(args):
     there = [file.exists() for of in files.values() for file in of]
     to_score = {name for terms in ids.values() for name, of in terms.items() if not scores.keys() >= set(of)}
     print(f"model {args.model}  device {device}  dtype {dtype} ({reason})  kernel {args.kernel}  steps {args.steps}")
+    print(*differences(args), sep="\n", end="\n" * bool(differences(args)))
     print(f"folder {out}  images {len(there)}, of which {sum(there)} are there")
 
     # ---- 2 the model, the LoRAs checked against it, the rewards, as far as they are needed

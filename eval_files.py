@@ -6,6 +6,7 @@ the base model comes first.
 
 import hashlib
 import json
+import math
 from itertools import accumulate
 from pathlib import Path
 
@@ -44,12 +45,14 @@ def wanted(args) -> tuple[dict, dict]:
 def load_scores(args) -> dict[tuple[str, str, str], float]:
     """{(image, reward, key): score} of scores.jsonl."""
     scores, path = {}, Path(args.out, "scores.jsonl")
-    text = path.read_text(encoding="utf-8") if path.exists() else "\n"
+    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else "\n"
     for line in text.split("\n"):
         try:
             row = json.loads(line)
-            scores[row["of"], row["reward"], row["key"]] = float(row["score"])
-        except (ValueError, KeyError, TypeError):  # the end, or a line that a kill cut off
+            score = float(row["score"])
+            if math.isfinite(score):
+                scores[row["of"], row["reward"], row["key"]] = score
+        except (ValueError, KeyError, TypeError):  # the end, a line that a kill cut off, or a damaged one
             continue
     if not text.endswith("\n"):
         with path.open("a") as f:

@@ -34,7 +34,7 @@ def read_images(paths: list[Path]) -> torch.Tensor:
     for path in paths:
         try:
             images.append(numpy.array(Image.open(path).convert("RGB")))
-        except OSError as problem:
+        except (OSError, ValueError, SyntaxError) as problem:  # whatever Pillow makes of damaged bytes
             raise OSError(f"{path} cannot be read ({problem}); delete it") from None
     return torch.from_numpy(numpy.stack(images)).permute(0, 3, 1, 2) / 255
 

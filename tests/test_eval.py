@@ -40,6 +40,13 @@ def probe(images, prompts, metadata=None):
     return images.flatten(1) @ weights / len(weights) ** 0.5
 
 
+def best(images, prompts, metadata):
+    return (images.mean((1, 2, 3)) == images.mean((1, 2, 3)).max()).float()
+
+
+best.grouped = True
+
+
 def broken(images, prompts, metadata):
     return torch.full((len(prompts),), math.nan)
 
@@ -328,11 +335,22 @@ def test_a_change_of_a_rewards_code_needs_new_scores_alone(prompts, tmp_path, mo
     assert count == [] and second["key"] == first["key"] and first["summary"] != second["summary"]
 
 
-def test_the_code_of_a_reward_is_the_contract_and_its_own_file():
-    files = {"geneval": "judges/geneval.py", "ocr": "judges/ocr.py", "jpeg": "rewards.py", PROBE: "tests/test_eval.py"}
-    for reward, file in (files | {"diversity-clip": "judges/diversity.py"}).items():
-        both = [evaluation.file_digest(harness.HERE / name) for name in ("rewards.py", file)]
-        assert evaluation.code_of(reward) == both, reward
+def test_the_code_of_a_reward_is_its_files_and_not_the_rest_of_rewards(monkeypatch):
+    """A comment in rewards.py or another judge leaves every score as it is; what makes the number does not."""
+    files = {"geneval": ["clip", "geneval"], "ocr": ["ocr"], "clipscore": ["clip"],
+             "diversity-clip": ["clip", "diversity"],
+             "winrate": ["questions", "served", "vlm"], "jpeg": [], PROBE: []}  # fmt: skip
+    more = {PROBE: ["tests/test_eval.py"], "shapes": ["tiny/shapes.py"]}
+    for reward, judges in (files | {"shapes": []}).items():
+        names = [f"judges/{name}.py" for name in judges] + more.get(reward, [])
+        digests = [evaluation.file_digest(harness.HERE / name) for name in names]
+        assert evaluation.code_of(reward)[1:] == digests, reward
+    plain = {name: evaluation.code_of(name) for name in ("jpeg", "ocr", "shapes")}
+    real = evaluation.inspect.getsource
+    for changed, affected in (("jpeg", {"jpeg"}), ("pixels", {"jpeg", "ocr", "shapes"}), ("parse_spec", set())):
+        source = lambda f, changed=changed: real(f) + "#" * (f.__name__ == changed)  # noqa: E731
+        monkeypatch.setattr(evaluation.inspect, "getsource", source)
+        assert {name for name, code in plain.items() if evaluation.code_of(name) != code} == affected
 
 
 def test_a_model_on_the_hub_is_known_by_its_commit(monkeypatch):
@@ -411,6 +429,54 @@ def test_an_image_that_cannot_be_read(prompts, tmp_path):
     assert str(file) in str(stop.value.code) and "delete it" in str(stop.value.code)
 
 
+def test_damaged_scores_are_made_again(tmp_path):
+    """Bytes that are no text, a score that is no number: as if the line were not there."""
+    good = '{"of": "a", "reward": "r", "key": "k", "score": 0.5}\n'
+    lines = [good.encode(), b"\xff\xfe\x00{\n", good.replace('"a"', '"b"').replace("0.5", "NaN").encode(),
+             good.replace('"a"', '"c"').replace("0.5", "Infinity").encode(),
+             good.replace('"a"', '"d"').encode()[:-9]]  # fmt: skip
+    (tmp_path / "scores.jsonl").write_bytes(b"".join(lines))
+    assert eval_files.load_scores(Namespace(out=str(tmp_path))) == {("a", "r", "k"): 0.5}
+
+
+# ---- a run's own settings -------------------------------------------------------------------------------------------
+def test_a_run_is_evaluated_as_it_was_trained_unless_told_otherwise(world, prompts, tmp_path, capsys):
+    own = dict(cfg=3.0, eval_cfg=1.0, steps=10, resolution=32)
+    run = run_folder(world, tmp_path / "run", prompts, **own)
+    argv = ["--device", "cpu", "--out", str(tmp_path / "out"), "--lora"]
+    for given in (run, run / "checkpoints" / "epoch_0003", run / "checkpoints" / "epoch_0003" / evaluation.LORA_FILE):
+        args = evaluation.parse_args([*argv, str(given)])
+        assert (args.model, args.cfg, args.steps, args.max_sequence_length) == ("tiny-sd35", 1.0, 3, 10)
+        assert args.rewards == f"{PROBE},shapes" and args.prompts == prompts
+        assert evaluation.differences(args) == []
+    args = evaluation.parse_args([*argv, str(run), "--cfg", "4.5", "--steps", "10", "--rewards", "jpeg"])
+    assert (args.cfg, args.steps, args.rewards) == (4.5, 10, "jpeg")
+    assert evaluation.differences(args) == ["warning: --cfg 4.5, but run was trained at 3.0 and evaluated at 1.0"]
+    args = evaluation.parse_args([*argv, str(run), "--preset", "tiny", "--steps", "7", "--max-sequence-length", "9"])
+    assert args.prompts == "prompts/shapes_heldout.txt" and args.steps == 7
+    assert [w.split(",")[0] for w in evaluation.differences(args)] == ["warning: --steps 7",
+                                                                       "warning: --max-sequence-length 9"]  # fmt: skip
+
+
+def test_a_runs_reward_paths_go_with_its_rewards(world, prompts, tmp_path):
+    clip = str(harness.HERE / "tiny" / "clip")
+    for paths in ([clip], [f"clipscore={clip}"]):
+        run = run_folder(world, tmp_path / f"run{len(paths[0])}", prompts, reward="clipscore", reward_path=paths)
+        argv = ["--lora", str(run), "--device", "cpu", "--out", str(tmp_path / "out")]
+        args = evaluation.parse_args(argv)
+        assert args.rewards == "clipscore,shapes" and args.reward_path == paths
+        assert evaluation.parse_args([*argv, "--rewards", "jpeg"]).reward_path == []
+
+
+def test_a_run_of_another_version_or_with_a_grouped_reward(world, prompts, tmp_path):
+    run = run_folder(world, tmp_path / "run", prompts, reward="test_eval:best", eval_rewards="jpeg")
+    assert evaluation.lora_defaults(Namespace(lora=[str(run)], rewards="x"))["rewards"] == "jpeg"
+    (run / "args.json").write_text('{"args": {"model": "sd15"}}')
+    assert evaluation.lora_defaults(Namespace(lora=[str(run)], rewards="x")) == {}
+    (run / "args.json").write_text("no JSON")
+    assert evaluation.runs_of(Namespace(lora=[str(run), "nowhere"])) == {}
+
+
 # ---- tags and diversity ---------------------------------------------------------------------------------------------
 def test_prompts_with_metadata(tmp_path):
     """A .jsonl file: the rewards get the metadata, the tags get a table each; other metadata, other scores."""
@@ -454,6 +520,7 @@ def run_folder(world, path, prompts, **own):
     (path / "checkpoints").mkdir(parents=True)
     for epoch, source in ((3, "zero"), (6, "strong")):
         (path / "checkpoints" / f"epoch_{epoch:04d}").symlink_to(root / source / "checkpoints" / "epoch_0001")
+    (path / "checkpoints" / "last").symlink_to("epoch_0006")
     args = dict(
         reward=f"{PROBE}=2", eval_rewards="shapes", reward_path=[], prompts="nowhere.txt", eval_prompts=prompts,
         eval_images=8, eval_steps=3, eval_kernel="ode", kernel="flow_sde", noise_level=0.7, cfg=1.0, resolution=None,
@@ -559,11 +626,18 @@ def damaged(weights, how):
     if how == "half":
         del weights[key]
         return weights, ["only one of lora_A and lora_B"]
+    if how == "integers":
+        weights[key] = weights[key].to(torch.int32)
+        return weights, ["expected are floats"]
+    if how == "rank 0":
+        up = key.replace("lora_A", "lora_B")
+        weights[key], weights[up] = weights[key][:0], weights[up][:, :0].contiguous()
+        return weights, ["rank 0", "expected are floats of rank 1 or more"]
     weights[key] = torch.full_like(weights[key], math.nan)
     return weights, ["NaN"]
 
 
-@pytest.mark.parametrize("how", ["wider model", "other rank", "deeper model", "half", "nan"])
+@pytest.mark.parametrize("how", ["wider model", "other rank", "deeper model", "half", "nan", "integers", "rank 0"])
 def test_a_lora_that_does_not_fit(world, tmp_path, how):
     root, policies = world
     good = root / "strong" / "checkpoints" / "last" / evaluation.LORA_FILE
@@ -609,6 +683,11 @@ BAD = {
     "--images-per-prompt -1": ["--images-per-prompt -1 is too small"],
     "--batch-size 0": ["--batch-size 0 is too small"],
     "--steps 1": ["--steps 1 is too small; use 2"],
+    "--steps 1001": ["--steps 1001 is too many", "at most 1000"],
+    "--preset tiny-sd15 --steps 501": ["--steps 501 is too many", "at most 500"],
+    "--gallery-mb nan": ["--gallery-mb nan is not a number"],
+    "--cfg inf": ["--cfg inf is not a number"],
+    "--rewards test_eval:best": ["compares the images of one model"],
     "--grid-prompts -1": ["--grid-prompts -1 is too small"],
     "--resolution -32": ["--resolution -32 is too small"],
     "--kernel ddim": ["--kernel ddim does not fit --model tiny-sd35"],
@@ -661,7 +740,9 @@ def test_presets_say_in_one_sentence_what_they_lack(preset, tmp_path, monkeypatc
     except SystemExit as stop:
         error = capsys.readouterr().err.strip()
         assert stop.code == 2 and error.startswith("eval.py: error: ") and "\n" not in error
-        missing = {"drawbench": ["without a licence", "--prompts", "prompts/README.md"]}.get(preset, [])
+        missing = {"drawbench": ["without a licence", "--prompts", "prompts/README.md"],
+                   "pickscore": ["unfiltered", "--prompts"], "pickscore-nocfg": ["unfiltered"],
+                   "dpg-bench": ["judges.questions", "--prompts"]}.get(preset, [])  # fmt: skip
         assert all(word in error for word in missing), error
         assert missing or "is not in the local cache" in error or " needs " in error, error
     else:
@@ -674,6 +755,9 @@ def test_protocols():
     for preset, (count, per_prompt) in sizes.items():
         found = harness.load_prompts(evaluation.PRESETS[preset]["prompts"])
         assert len(found) == count and evaluation.PRESETS[preset]["images_per_prompt"] == per_prompt
+    for name in ("sd35-ocr", "geneval", "pickscore"):  # AWM's and NFT's convention: the same without guidance
+        assert evaluation.PRESETS[f"{name}-nocfg"] == evaluation.PRESETS[name] | {"cfg": 1.0}
+        assert evaluation.PRESETS[name]["cfg"] == 4.5
     tags = [p.metadata["tag"] for p in harness.load_prompts(evaluation.PRESETS["geneval"]["prompts"])]
     assert sorted(set(tags)) == sorted(geneval.TAGS)
 
