@@ -11,6 +11,7 @@ Carry away: Policy(pipe) + add_lora() + policy.grid() + rollout() + log_ratio() 
 """
 
 import hashlib
+import json
 import math
 import os
 from contextlib import contextmanager, nullcontext
@@ -327,10 +328,10 @@ class CastLinear(nn.Linear):
         return nn.functional.linear(x, self.weight.to(x.dtype))
 
 
-def export_lora(policy: Policy, folder, about: dict[str, str] | None = None) -> None:
+def export_lora(policy: Policy, folder, about: dict | None = None) -> None:
     """pytorch_lora_weights.safetensors that pipe.load_lora_weights(folder) loads; alpha / rank is folded into B.
 
-    about: what stands in the file's header beside the weights.
+    about: what stands in the file's header, as JSON under one key: safetensors would write several in any order.
     """
     from peft.utils import get_peft_model_state_dict
     from safetensors.torch import save_file
@@ -341,7 +342,7 @@ def export_lora(policy: Policy, folder, about: dict[str, str] | None = None) -> 
     weights = {k: (v * scale if ".lora_B." in k else v).detach().cpu().contiguous() for k, v in weights.items()}
     weights, file = {f"{policy.backbone.part}.{k}": v for k, v in weights.items()}, "pytorch_lora_weights.safetensors"
     os.makedirs(folder, exist_ok=True)
-    save_file(weights, f"{folder}/{file}", {"format": "pt"} | (about or {}))
+    save_file(weights, f"{folder}/{file}", {"made_by": json.dumps(about)} if about else None)
     os.chmod(f"{folder}/{file}", 0o644)  # safetensors writes for the owner only
 
 

@@ -1251,14 +1251,14 @@ class Recorder:
             self._save()
 
 
-def header(args, run: Run, epoch: int) -> dict[str, str]:
+def header(args, run: Run, epoch: int) -> dict:
     """What a LoRA file says of itself."""
     about = {"method": run.method, "base_model": args.model, "preset": args.preset, "reward": args.reward}
     about |= {"seed": args.seed, "epoch": epoch, "rank": args.lora_rank, "trained_alpha": args.lora_alpha}
     about["alpha"] = args.lora_rank  # alpha / rank is folded into B: 1 is left
     about["command"] = (run.dir / "command.txt").read_text().strip()
     about["commit"] = json.loads((run.dir / "versions.json").read_text())["git"]
-    return {key: str(value) for key, value in about.items()}
+    return about
 
 
 def finish(run: Run, args, logger: Logger) -> None:
