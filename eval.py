@@ -392,6 +392,8 @@ def make_keys(args) -> None:
     for name in args.reward_names + [args.diversity] * (args.diversity != "none"):
         parts = (args.paths.get(name) or args.paths.get("", "")).split(",")
         weights[name] = [identity(part) if part and Path(part).exists() else part for part in parts]
+        questions = re.findall(r"question=([^&,]+)", ",".join(parts))  # a judge's address may name one
+        weights[name] += [file_digest(file) for file in questions]
     # not part of args.key: after a change in a reward's code the same folder's images are scored again
     args.reward_keys = {name: digest(name, found, code_of(name)) for name, found in weights.items()}
     prompts = [[p.id, p.text, p.metadata] for p in args.prompt_list]

@@ -501,8 +501,9 @@ def check(args):
     need(args.kl_denom != "g2" or args.kind == "flow", flow, "use sigma2")
     both = f"--objective {objective} differentiates by x_t, through both branches of the guidance"
     need(not gradient or not args.detach_uncond, both, "leave --detach-uncond out")
-    apart = f"--diff-reward train scores images one by one, --reward {args.reward} compares those of a prompt"
-    need(not fresh or not rewards.is_grouped(args.reward), apart, "leave it at rollout")
+    apart = f"--reward {args.reward} compares a prompt's images, --diff-reward train and gradients take them singly"
+    singly = fresh or gradient
+    need(not singly or not rewards.is_grouped(args.reward), apart, "use --objective vmpo, --diff-reward rollout")
     for name, _ in rewards.parse_spec(args.reward) if gradient else ():
         what = f"--objective {objective} needs a differentiable reward and {name} is not one"
         need(rewards.is_differentiable(name), what, "use e.g. clipscore, hpsv2 or imagereward")

@@ -781,3 +781,15 @@ def test_presets_and_defaults(prompts, tmp_path, monkeypatch):
     assert all(set(preset) <= set(vars(args)) for preset in evaluation.PRESETS.values())
     args = evaluation.parse_args(["--model", "tiny-sd35", "--prompts", prompts, "--rewards", "jpeg"])
     assert (args.cfg, args.steps, args.kernel, args.noise_level) == (4.5, 40, "ode", 0.0)
+
+
+def test_another_question_to_a_judge_needs_new_scores(prompts, tmp_path, monkeypatch):
+    """The file of #question= is part of a score's key: its content, not its name."""
+    monkeypatch.setattr(rewards, "check", lambda *a: None)
+    file, keys = tmp_path / "question.txt", []
+    for text in ("Is it {prompt}?", "Is it really {prompt}?", "Is it {prompt}?"):
+        file.write_text(text)
+        argv = [*TINY, "--prompts", prompts, "--rewards", "vqascore", "--out", str(tmp_path / "out")]
+        path = f"vqascore=http://127.0.0.1:1/v1#tries=2&question={file}"
+        keys.append(evaluation.parse_args([*argv, "--reward-path", path]).reward_keys["vqascore"])
+    assert keys[0] == keys[2] != keys[1]

@@ -63,7 +63,7 @@ def test_a_grouped_reward_sees_whole_prompts_only(method, flags, own):
 @pytest.mark.parametrize("method, flags, words", [
     ("grpo", ["--eval-images", "4", "--eval-rewards", ""], "says nothing of one held-out image"),
     ("grpo", ["--eval-images", "0", "--group-size", "1", "--adv-norm", "raw"], "compares the images of a prompt"),
-    ("vmpo", ["--diff-reward", "train", "--potential", "diff", "--mean", "time_prompt"], "scores images one by one"),
+    ("vmpo", ["--diff-reward", "train", "--potential", "diff", "--mean", "time_prompt"], "gradients take them singly"),
     ("tempflow_rsm", [], "not the children of a state"),
 ])  # fmt: skip
 def test_where_it_cannot_be(method, flags, words, own, capsys):
