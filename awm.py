@@ -459,17 +459,17 @@ def draws(args) -> int:
 @torch.no_grad()
 def sample(policy, args, batch, epoch: int, desc: str) -> torch.Tensor:
     """x_0 (B, C, h, w) by --sampler from the batch's noise."""
-    ours, x0 = args.sampler in ("sde", "ode"), torch.empty_like(batch.noise[:, 0])
+    ours, x0 = args.sampler in ("sde", "ode"), torch.empty_like(batch.noise[:, 0], device=policy.device)
     if ours:
         kernel = (args.kernel, args.noise_level) if args.sampler == "sde" else ("ode", 0.0)
         grid = policy.grid(args.steps, *kernel)
     for n in common.micro_batches(torch.arange(len(x0)), args.micro_batch_size, desc):
-        x = batch.noise[n, 0]
+        x = batch.noise[n, 0].to(policy.device)
         predict = functools.partial(policy.predict, cond=batch.cond[n], cfg=args.cfg)
         for i in range(args.steps) if ours else ():
             x = grid.mu(x, predict(x, grid.time(i, x)), i)
             if args.sampler == "sde":
-                x = x + grid.at(grid.sigma, i, x) * batch.noise[n, i + 1]
+                x = x + grid.at(grid.sigma, i, x) * batch.noise[n, i + 1].to(x.device)
         if not ours:
             # a fresh one, as multistep solvers have a memory; one generator a sample, so that
             # an image depends on no micro-batch

@@ -194,17 +194,19 @@ class Cond:
 class Policy:
     """A diffusers pipeline whose denoiser carries a LoRA: the one interface to all backbones.
 
-    `pipe` is a pipeline of one of the BACKBONES; dtype is that of the frozen denoiser, the VAE is float32 always.
+    `pipe` is a pipeline of one of the BACKBONES; dtype is that of the frozen denoiser.
     """
 
     def __init__(self, pipe, device="cpu", dtype=torch.float32, resolution=None, max_sequence_length=256,
-                 decode_batch_size=8, detach_uncond=False, offload_text_encoders=False):  # fmt: skip
+                 decode_batch_size=8, detach_uncond=False, offload_text_encoders=False, offload_rollout=False,
+                 vae_dtype=torch.float32):  # fmt: skip
         self.pipe, self.device, self.dtype = pipe, torch.device(device), dtype
         self.backbone = BACKBONES[type(pipe).__name__]
         self.kind, self.net = self.backbone.kind, getattr(pipe, self.backbone.part)
         self.encoders = [e for name in self.backbone.encoders if (e := getattr(pipe, name)) is not None]
         self.max_sequence_length, self.offload = max_sequence_length, offload_text_encoders
-        self.vae = pipe.vae.to(self.device).float().eval().requires_grad_(False)
+        self.store = torch.device("cpu") if offload_rollout else self.device  # where an epoch's noise and states are
+        self.vae = pipe.vae.to(self.device, vae_dtype).eval().requires_grad_(False)
         self.net.to(self.device).eval().requires_grad_(False)
         for encoder in self.encoders:
             encoder.to("cpu" if self.offload else self.device).eval().requires_grad_(False)
@@ -283,9 +285,9 @@ class Policy:
 
     def decode(self, x0: torch.Tensor) -> torch.Tensor:
         """Latents (B, C, h, w) -> images (B, 3, H, W) in [0, 1], float32; differentiable where gradients are on."""
-        z = self.backbone.to_vae(x0, self.vae.config)
+        z = self.backbone.to_vae(x0.to(self.device), self.vae.config).to(self.vae.dtype)
         images = [self.vae.decode(part, return_dict=False)[0] for part in z.split(self.decode_batch_size)]
-        return (torch.cat(images) / 2 + 0.5).clamp(0, 1)
+        return (torch.cat(images).float() / 2 + 0.5).clamp(0, 1)
 
 
 def second_order(needed: bool) -> None:
@@ -429,13 +431,13 @@ def epoch_batch(policy, prompts: list[Prompt], epoch: int, seed: int, num_prompt
     samples = num_prompts * group_size // world()
     mine = range(rank() * samples, (rank() + 1) * samples)
     own = [p for p in chosen for _ in range(group_size)][mine.start : mine.stop]
-    noise = sample_noise(seed, epoch, mine, draws, policy.latent_shape, policy.device)
+    noise = sample_noise(seed, epoch, mine, draws, policy.latent_shape, policy.store)
     if shared_noise:
         noise[:, 0] = noise[::group_size, 0].repeat_interleave(group_size, 0)
     if blocks:
         total = num_prompts * group_size
         firsts = [-(-(n * blocks // total) * total // blocks) for n in mine]  # the first image of n's block
-        noise[:, 0] = sample_noise(seed, epoch, firsts, 0, policy.latent_shape, policy.device)[:, 0]
+        noise[:, 0] = sample_noise(seed, epoch, firsts, 0, policy.latent_shape, policy.store)[:, 0]
     return Batch(own, mine, policy.encode([p.text for p in own]), noise)
 
 
@@ -651,6 +653,8 @@ class Transitions:
 class Rollout:
     """Trajectories of this process, float32: states x (B, T+1, C, h, w), draws z and outputs o_old (B, T, C, h, w).
 
+    They are where the noise was (policy.store); rows() and state() bring theirs to the policy's device.
+
     x_s = mu_old + sigma z was formed from exactly these tensors; o_ref are the reference's outputs at the same x_t.
     """
 
@@ -661,14 +665,20 @@ class Rollout:
     cond: Cond
 
     def rows(self, n: torch.Tensor, i: torch.Tensor) -> Transitions:
-        o_ref = None if self.o_ref is None else self.o_ref[n, i]
-        return Transitions(n, i, self.x[n, i], self.z[n, i], self.o_old[n, i], o_ref, self.cond[n])
+        device = self.cond.index.device
+        o_ref = None if self.o_ref is None else self.o_ref[n, i].to(device)
+        kept = (each[n, i].to(device) for each in (self.x, self.z, self.o_old))
+        return Transitions(n, i, *kept, o_ref, self.cond[n])
+
+    def state(self, n, i) -> torch.Tensor:
+        return self.x[n, i].to(self.cond.index.device)
 
     def log_ref_over_old(self, grid: Grid, steps: list[int], reduce: str) -> torch.Tensor:
         """log p_ref - log p_old of the rollout's own draws at these steps, (B, S)."""
         w = grid.at(grid.w, torch.tensor(steps), self.z[0])
         each = zip(self.o_ref, self.o_old, self.z)  # one trajectory after the other: whole tensors would be copied
-        return torch.stack([log_ratio(w * (ref[steps] - old[steps]), z[steps], reduce) for ref, old, z in each])
+        found = [log_ratio(w * (ref[steps] - old[steps]), z[steps], reduce) for ref, old, z in each]
+        return torch.stack(found).to(self.cond.index.device)
 
 
 @torch.no_grad()
@@ -683,14 +693,15 @@ def rollout(policy, grid, cond, noise, cfg, micro_batch, reference=(), desc="rol
     bar = progress(len(starts) * steps, desc)
     for start in starts:
         rows = slice(start, min(start + micro_batch, count))
+        x_t = noise[rows, 0].to(policy.device)
         for i in range(steps):
-            x_t = x[rows, i]
             o = policy.predict(x_t, grid.time(i, x_t), cond[rows], cfg)
             if i in reference:  # now, while x_t is at hand, and in the same batch as the policy's own pass
                 with policy.reference():
                     o_ref[rows, i] = policy.predict(x_t, grid.time(i, x_t), cond[rows], cfg)
-            x[rows, i + 1] = grid.mu(x_t, o, i) + grid.at(grid.sigma, i, x_t) * noise[rows, i + 1]
-            o_old[rows, i] = o
+            draw = noise[rows, i + 1].to(policy.device)
+            x_t = grid.mu(x_t, o, i) + grid.at(grid.sigma, i, x_t) * draw
+            x[rows, i + 1], o_old[rows, i] = x_t, o
             bar.update(1)
     bar.close()
     return Rollout(x, noise[:, 1:], o_old, o_ref, cond)
@@ -929,9 +940,10 @@ def gather(x: torch.Tensor) -> torch.Tensor:
     """Rows of all processes, in rank order (= sample order: each process holds a contiguous block of prompts)."""
     if world() == 1:
         return x
-    parts = [torch.empty_like(x) for _ in range(world())]
-    dist.all_gather(parts, x.contiguous())
-    return torch.cat(parts)
+    mine = x.contiguous().cuda() if dist.get_backend() == "nccl" else x.contiguous()
+    parts = [torch.empty_like(mine) for _ in range(world())]
+    dist.all_gather(parts, mine)
+    return torch.cat(parts).to(x.device)
 
 
 def all_reduce(values: dict[str, float], how: str = "SUM") -> dict[str, float]:

@@ -403,7 +403,7 @@ class RewardGradient:
         inner, cond = i.clamp(max=self.grid.steps - 1), path.cond[n]
         time = self.grid.time(inner, x)
         if self.kept:
-            o = path.o_old[n, inner]
+            o = path.o_old[n, inner].to(x.device)
         elif self.net is None:
             o = self.policy.predict(x, time, cond, self.args.cfg)
         else:  # a one-step model has no guidance
@@ -428,7 +428,7 @@ def guidance(gradient, path, chosen, batch, where: str = "") -> torch.Tensor:
         texts, extra = [batch.texts[j] for j in n], [batch.metadata[j] for j in n]
         # until the backward pass is done: checkpointing repeats the forward pass there
         with policy.whole_gradient(), policy.reference() if gradient.frozen else nullcontext():
-            x = path.x[n, i].requires_grad_(through)
+            x = path.x[n, i].to(policy.device).requires_grad_(through)
             with torch.set_grad_enabled(through):
                 x0 = x if terminal else gradient.x0_hat(path, n, i, x)
             leaf = x0.detach().clone().requires_grad_()
@@ -477,11 +477,11 @@ def rows_of(gradient, path, chosen, batch) -> Rows:
     if args.value_net:
         g_s = torch.cat([g[:, 1:], g[:, -1:]], 1).flatten(0, 1)
     if learned or args.backward_coef:
-        x_s = path.x[n, i + 1]
+        x_s = path.state(n, i + 1)
     if learned:
-        x_0 = path.x[n, -1]
+        x_0 = path.state(n, -1)
     o_ref = reference_outputs(gradient, path, chosen).flatten(0, 1)
-    states = path.x[n, i], path.o_old[n, i], o_ref
+    states = path.state(n, i), path.o_old[n, i].to(o_ref.device), o_ref
     return Rows(i, path.cond[n], *states, g.flatten(0, 1), g_t, g_s, x_s, x_0)
 
 
@@ -489,10 +489,10 @@ def rows_of(gradient, path, chosen, batch) -> Rows:
 def reference_outputs(gradient, path, chosen) -> torch.Tensor:
     """o_ref (B, S, C, h, w) at the chosen steps alone, in the rollout's batches where these are all."""
     policy, grid, args = gradient.policy, gradient.grid, gradient.args
-    found = path.x.new_empty(*chosen.shape, *path.x.shape[2:])
+    found = torch.empty(*chosen.shape, *path.x.shape[2:], device=policy.device)
     for n in torch.arange(len(chosen)).split(args.micro_batch_size):
         for k, i in enumerate(chosen[n].unbind(1)):
-            x_t = path.x[n, i]
+            x_t = path.x[n, i].to(policy.device)
             with policy.reference():
                 found[n, k] = policy.predict(x_t, grid.time(i, x_t), path.cond[n], args.cfg)
     return found
@@ -530,7 +530,7 @@ class Replay:
         key = common.generator("replay", args.seed, epoch)
         picks = torch.randperm(len(old["prompt"]), generator=key)[mine][sample]
         keys = [common.generator("replay", args.seed, epoch, j) for j in mine]
-        draws = torch.cat([torch.randn(each, generator=k) for k in keys]).to(batch.noise.device)
+        draws = torch.cat([torch.randn(each, generator=k) for k in keys]).to(policy.device)
         for n, i, z in zip(*(part.split(size) for part in (picks, step, draws))):
             prompts = [args.prompt_list[p] for p in old["prompt"][n].tolist()]
             cond = policy.encode([p.text for p in prompts])

@@ -52,8 +52,8 @@ TINY = dict(  # the embedded models' experiment, in every script: coloured shape
 # flags that may change when a run is resumed: none of them enters the mathematics
 RESUMABLE = {
     "resume", "epochs", "micro_batch_size", "reward_batch_size", "decode_batch_size", "sample_every", "save_every",
-    "eval_every", "device", "wandb", "dry_run", "gradient_checkpointing", "offload_text_encoders", "runs", "preset",
-    "reward_retries", "keep", "accept_changes",
+    "eval_every", "device", "wandb", "dry_run", "gradient_checkpointing", "offload_text_encoders", "offload_rollout",
+    "runs", "preset", "reward_retries", "keep", "accept_changes",
 }  # fmt: skip
 # numbers that make another model, task or set of noise: a run goes on with its own even with --accept-changes
 FIXED = {
@@ -201,6 +201,8 @@ def add_args(parser) -> None:
     flag("--decode-batch-size", 8, "int >= 1", "latents per VAE decode")
     flag("--gradient-checkpointing", False, "yes/no", "recompute activations: less memory, about a third slower")
     flag("--offload-text-encoders", False, "yes/no", "keep the text encoders on the CPU except while encoding")
+    flag("--offload-rollout", False, "yes/no", "keep an epoch's noise and trajectories in the host's memory")
+    flag("--vae-dtype", "float32", ["float32", "bfloat16"], "of the decoder; bfloat16: half its memory (docs/speed.md)")
     flag("--device", "auto", "text", "auto, cpu, cuda, cuda:N")
 
     flag = flags(parser, "run")
@@ -786,7 +788,7 @@ def load_policy(args, run: Run) -> common.Policy:
         raise UsageError(f"--model {args.model} cannot be loaded ({said}); fetch its files again") from None
     policy = common.Policy(
         pipe, run.device, run.dtype, args.resolution, args.max_sequence_length, args.decode_batch_size,
-        args.detach_uncond, args.offload_text_encoders,
+        args.detach_uncond, args.offload_text_encoders, args.offload_rollout, getattr(torch, args.vae_dtype),
     )  # fmt: skip
     if args.gradient_checkpointing:
         policy.net.enable_gradient_checkpointing()

@@ -466,7 +466,7 @@ def trunk_rollout(policy, sde, ode, batch, widths, args, epoch, bar, kept=None):
     kept: the (sample index, step) pairs that are anchors in this epoch; None = all.
     """
     anchors, branching = anchor_steps(args, widths), [i for i, b in enumerate(widths) if b]
-    x, levels, leaves = batch.noise[:, 0], {}, {}
+    x, levels, leaves = batch.noise[:, 0].to(policy.device), {}, {}
     for i in range(max([*branching, *anchors]) + 1):  # no further than it is needed
         o = evaluate(policy, ode, args, x, batch.cond, i)
         image = torch.arange(len(x) if i in branching or i in anchors else 0)
@@ -515,7 +515,7 @@ def child_ends(policy, sde, ode, batch, level, i: int, args, epoch):
 @torch.no_grad()
 def tree_rollout(policy, sde, ode, batch, widths, args, epoch, bar):
     """Stochastic trees -> {step: Level} and the leaves (N L, C, h, w)."""
-    x, nodes, levels = batch.noise[:, 0], 1, {}
+    x, nodes, levels = batch.noise[:, 0].to(policy.device), 1, {}
     for i, b in enumerate(widths):
         image = torch.arange(len(batch.noise)).repeat_interleave(nodes)
         cond = batch.cond[image]

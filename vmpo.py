@@ -398,12 +398,12 @@ def tweedie_rewards(policy, reward, grid, path, final, batch, steps, args) -> to
 
 def learned_potential(net, path, grid, reward_t, n, i, beta):
     """Diff with F_phi(x_t, t) r_t for r_t, F_phi = 1 + nu_t net, which is 1 at the data.  Eq. 45."""
-    end, device = torch.zeros(1, dtype=torch.float64), path.x.device
+    end, device = torch.zeros(1, dtype=torch.float64), reward_t.device
     nu = torch.cat([grid.nu, end]).to(device, torch.float32)
     t = torch.cat([grid.t, end]).to(device, torch.float32)
 
     def value(j):
-        return (1 + nu[j] * net(path.x[n, j], t[j]).flatten(1).mean(1)) * reward_t[n, j]
+        return (1 + nu[j] * net(path.state(n, j), t[j]).flatten(1).mean(1)) * reward_t[n, j]
 
     return (value(i + 1) - value(i)) / beta
 
@@ -430,7 +430,7 @@ def fresh_potential(policy, reward, grid, path, final, rows, o, batch, args):
     """
     n, i = rows.n, rows.i
     prompts = [batch.prompts[j] for j in n]
-    x_s, after = path.x[n, i + 1], (i + 1).clamp(max=grid.steps - 1)
+    x_s, after = path.state(n, i + 1), (i + 1).clamp(max=grid.steps - 1)
     o_s = policy.predict(x_s, grid.time(after, x_s), rows.cond, args.cfg)
     now, then = (
         harness.score(args, policy, reward, x0_hat, prompts)[0]
@@ -442,13 +442,13 @@ def fresh_potential(policy, reward, grid, path, final, rows, o, batch, args):
 
 def reward_gradients(policy, reward, grid, path, texts, extra, args):
     """grad_{x_t} r(x0_hat(x_t)) at every state, (B, T+1, C, h, w)."""
-    grads = torch.zeros_like(path.x)
+    grads = torch.zeros_like(path.x, device=policy.device)
     # the graph of network, VAE and reward lives at once
     size = min(args.micro_batch_size, args.decode_batch_size)
     for start in range(0, len(path.x), size):
         rows = slice(start, start + size)
         for i in range(grid.steps + 1):
-            x = path.x[rows, i].clone().requires_grad_()
+            x = path.state(rows, i).clone().requires_grad_()
             x0 = x  # the terminal latent is its own Tweedie estimate
             if i < grid.steps:
                 o = policy.predict(x, grid.time(i, x), path.cond[rows], args.cfg)
@@ -466,7 +466,7 @@ def match_gradients(policy, grid, path, grad_r, phi, rows, o, z, w, args):
     grad_logp_ref = grad_logp + w * (rows.o_ref - o) / sigma
     if args.objective == "gradient":
         return gradient_loss(grad_r[n, i + 1], grad_logp_ref, grad_logp, beta)
-    x_s = path.x[n, i + 1]
+    x_s = path.state(n, i + 1)
     back, back_ref = common.backward_scores(policy, grid, i, x_t, x_s, o, rows.cond, args.cfg)
     if args.objective == "gradient-xt":
         return gradient_loss(-grad_r[n, i], back_ref, back, beta)
@@ -474,7 +474,7 @@ def match_gradients(policy, grid, path, grad_r, phi, rows, o, z, w, args):
     g_s, g_t = phi["residual"](x_s, t_next), phi["residual"](x_t.detach(), grid.t[i].to(o.device))
     loss = gradient_loss(grad_r[n, i + 1], grad_logp_ref, grad_logp, beta, g_s)
     loss = loss + gradient_loss(-grad_r[n, i], back_ref, back, beta, -g_t)
-    terminal = phi["residual"](path.x[n, -1], torch.zeros(len(n), device=o.device))
+    terminal = phi["residual"](path.state(n, -1), torch.zeros(len(n), device=o.device))
     return loss + (terminal**2).flatten(1).mean(1)
 
 

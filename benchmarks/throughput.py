@@ -181,10 +181,11 @@ def main():
         print(table(results))
         return
     if len(args.scripts) > 1:  # each in a process of its own, whose peak memory is then its own
-        begun = sys.argv[1:]
-        keep = [word for word in begun if word not in args.scripts]
+        more = [f"--flags={args.flags}", "--repeat", str(args.repeat), "--out", str(args.out)]
+        more += ["--label", args.label] if args.label else []
         for script in args.scripts:
-            subprocess.run([sys.executable, "-m", "benchmarks.throughput", *keep, script], cwd=ROOT, check=True)
+            command = [sys.executable, "-m", "benchmarks.throughput", args.model, script, *more]
+            subprocess.run(command, cwd=ROOT, check=True)
         return
     script, embedded = args.scripts[0], args.model.startswith("tiny-")
     preset = "tiny" if harness.find_model(args.model)[1].kind == "flow" else "tiny-sd15"

@@ -42,7 +42,7 @@ def arguments(kind, *flags):
 class GaussianPolicy:
     """The exact network of data N(m, tau^2 I), method_notes F.4: sampling has a closed form."""
 
-    latent_shape, device = (2, 8, 8), torch.device("cpu")
+    latent_shape, device, store = (2, 8, 8), *[torch.device("cpu")] * 2
 
     def __init__(self, kind, mean=0.7, tau=0.6):
         self.kind, self.mean, self.tau = kind, mean, tau
@@ -685,7 +685,7 @@ def test_the_start_of_an_image_does_not_depend_on_the_draws_after_it(monkeypatch
     asked = []
     real = common.sample_noise
     monkeypatch.setattr(common, "sample_noise", lambda *a: asked.append(a[3]) or real(*a))
-    policy = SimpleNamespace(latent_shape=(4, 8, 8), device="cpu", encode=lambda texts: None)
+    policy = SimpleNamespace(latent_shape=(4, 8, 8), device="cpu", store="cpu", encode=lambda texts: None)
     for sampler, draws in (("sde", 7), ("ode", 0), ("SASolverScheduler", 0)):
         args = arguments("flow", "--sampler", sampler, "--steps", 7)
         batch = harness.epoch_batch(args, policy, 0, awm.draws(args))

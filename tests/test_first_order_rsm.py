@@ -1000,7 +1000,7 @@ class Toy:
     """An exact network for data N(0.2, 0.5^2), plus a trainable field per step: every fixed point is known."""
 
     latent_shape, uncond, network_calls, decode_batch_size, detach_uncond = (3, 2, 2), None, 0, 64, False
-    device = torch.device("cpu")
+    device = store = torch.device("cpu")
     whole_gradient = common.Policy.whole_gradient
 
     def __init__(self, args, run):
@@ -1053,7 +1053,7 @@ def test_every_method_raises_a_linear_reward_and_stops_where_its_regression_is_s
     toys = []
     monkeypatch.setattr(harness, "load_policy", lambda args, run: toys.append(Toy(args, run)) or toys[0])
     monkeypatch.setattr(harness, "add_lora", lambda policy, args: [policy.field])
-    monkeypatch.setattr(harness, "save", lambda *a: None)
+    monkeypatch.setattr(harness.checkpoints, "save", lambda *a: None)
     rows = steps_of(kind, scheduler(kind), 4, 0.0 if VGG in flags else None)
     x = torch.zeros(1, *Toy.latent_shape, requires_grad=True)  # the reward is linear: one gradient for all
     c = torch.autograd.grad(leaning(Toy.decode(None, x), None, None).sum(), x)[0][0]

@@ -130,7 +130,7 @@ def test_random_steps_of_each_sample():
 @pytest.mark.parametrize("blocks, groups", [(1, [range(12)]), (2, [range(6), range(6, 12)]), (4, None)])
 def test_one_start_for_each_part_of_an_epoch(blocks, groups):
     """PCPO's code: half of an epoch's images start from one x_T; draws of the steps stay each image's own."""
-    policy = SimpleNamespace(latent_shape=(2, 3, 3), device="cpu", encode=lambda texts: None)
+    policy = SimpleNamespace(latent_shape=(2, 3, 3), device="cpu", store="cpu", encode=lambda texts: None)
     prompts = [common.Prompt(n, f"p{n}") for n in range(9)]
     noise = common.epoch_batch(policy, prompts, 5, 1, 6, 2, 3, blocks=blocks).noise
     plain = common.epoch_batch(policy, prompts, 5, 1, 6, 2, 3).noise
@@ -156,7 +156,7 @@ def test_guidance_of_evaluations(monkeypatch):
     asked = []
     policy = SimpleNamespace(
         latent_shape=(1, 2, 2),
-        device="cpu",
+        device="cpu", store="cpu",
         encode=lambda texts: common.Cond(torch.zeros(2), None, torch.arange(2)),
         decode=lambda x: x.new_zeros(len(x), 3, 8, 8),
         grid=lambda *a: SimpleNamespace(steps=2),

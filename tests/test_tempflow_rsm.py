@@ -567,6 +567,8 @@ def test_bad_input_is_one_sentence_before_any_model_is_loaded(flags, word, capsy
 class Toy:
     """A network that is linear in x, o = slope[i] x + shift[i] + 0.3 prompt; for the reference with other numbers."""
 
+    device = torch.device("cpu")
+
     def __init__(self, kind, steps, shape=(2, 3, 2), seed=0):
         gen = torch.Generator().manual_seed(seed)
         self.k, self.latent_shape, self.kind, self.off, self.calls = kernel(kind, steps), shape, kind, False, []
