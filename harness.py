@@ -202,7 +202,7 @@ def add_args(parser) -> None:
     flag("--gradient-checkpointing", False, "yes/no", "recompute activations: less memory, about a third slower")
     flag("--offload-text-encoders", False, "yes/no", "keep the text encoders on the CPU except while encoding")
     flag("--offload-rollout", False, "yes/no", "keep an epoch's noise and trajectories in the host's memory")
-    flag("--vae-dtype", "float32", ["float32", "bfloat16"], "of the decoder; bfloat16: half its memory (docs/speed.md)")
+    flag("--vae-dtype", "float32", ["float32", "bfloat16"], "of the decoder (bfloat16: docs/speed.md)")
     flag("--device", "auto", "text", "auto, cpu, cuda, cuda:N")
 
     flag = flags(parser, "run")

@@ -62,8 +62,8 @@ class Tape:
     def predict(self, real):
         def call(policy, x_t, timestep, cond, cfg):
             self.policy, frozen = policy, any(layer.disable_adapters for layer in policy.adapted[:1])
-            branches = cfg != 1 and not policy.backbone.distilled
-            self.calls["network", len(x_t), branches, torch.is_grad_enabled() and not frozen, frozen] += 1
+            guided = cfg != 1 and not policy.backbone.distilled
+            self.calls["network", len(x_t), guided, torch.is_grad_enabled() and not frozen, frozen] += 1
             return real(policy, x_t, timestep, cond, cfg)
 
         return call
@@ -88,8 +88,8 @@ def record(script: str, flags: list[str]) -> Tape:
     """Two epochs of the trainer under the tape; the marks of the second are the last four."""
     trainer, tape = importlib.import_module(script), Tape()
     with tempfile.TemporaryDirectory() as folder, mock.patch.multiple(
-        harness.Recorder, phase=lambda recorder: tape.phase(recorder), finish=lambda recorder: None,
-        _save=lambda recorder: None,
+        harness.Recorder, phase=lambda recorder: tape.phase(recorder), finish=lambda *args: None,
+        _save=lambda *args, **more: None,
     ), mock.patch.multiple(
         common.Policy, predict=tape.predict(common.Policy.predict), decode=tape.decode(common.Policy.decode)
     ), mock.patch.object(rewards.Reward, "__call__", tape.reward(rewards.Reward.__call__)):  # fmt: skip

@@ -118,3 +118,19 @@ def test_reference_is_the_model_without_its_lora_and_leaves_it_as_it_was(half):
             policy.net.disable_adapters()
             assert torch.equal(policy.predict(*call), o_ref) and not torch.equal(o_ref, with_lora)
             policy.net.enable_adapters()
+
+
+def test_decoder_in_bfloat16_moves_the_images_by_less_than_a_level_on_average(half):
+    """The drift of --vae-dtype bfloat16, on the model's own images."""
+    policy, _ = half[1]
+    grid, cond = policy.grid(10, "ode", 0.0), policy.encode(["a red circle above a blue square"] * 8)
+    noise = common.sample_noise(0, "held-out", range(8), 10, policy.latent_shape, "cpu")
+    with torch.no_grad(), policy.reference():
+        x0 = common.rollout(policy, grid, cond, noise, 1.0, 8, desc="").x[:, -1]
+        exact = policy.decode(x0)
+        policy.vae.to(torch.bfloat16)
+        low = policy.decode(x0)
+        policy.vae.float()
+    drift = 255 * (low - exact).abs()
+    print(f"drift in levels of 255: mean {drift.mean():.2f}, max {drift.max():.1f}")
+    assert low.dtype == torch.float32 and 0 < drift.mean() < 0.6
