@@ -153,7 +153,7 @@ class Flux:
     @staticmethod
     def forward(net, x, t, embeds, pooled, guidance=1.0):
         b, c, h, w = x.shape[0], x.shape[1], x.shape[2] // 2, x.shape[3] // 2
-        tokens = x.view(b, c, h, 2, w, 2).permute(0, 2, 4, 1, 3, 5).reshape(b, h * w, 4 * c)
+        tokens = x.reshape(b, c, h, 2, w, 2).permute(0, 2, 4, 1, 3, 5).reshape(b, h * w, 4 * c)
         row, column = torch.arange(h, device=x.device), torch.arange(w, device=x.device)
         places = torch.cartesian_prod(row.new_zeros(1), row, column)  # (h w, 3); the text's are 0
         texts = places.new_zeros(embeds.shape[1], 3)
