@@ -1,15 +1,16 @@
-# make demo: train VMPO on the embedded model (CPU, no download, no account), make demo METHOD=awm (grpo, tempflow_rsm,
-# first_order_rsm) another method.  make test: the test suite.
+# make demo: train VMPO on the embedded model (CPU, no download, no account); make demo METHOD=awm, grpo, tempflow_rsm
+# or first_order_rsm: another method; PRESET=tiny: the SD3.5-type model.  make test: the test suite.
 # Each works alone on a machine with Python 3.10 or newer and pip.
 PYTHON ?= python3
 METHOD ?= vmpo
+PRESET ?= tiny-sd15
 BIN = .venv/bin
 export OMP_WAIT_POLICY ?= PASSIVE
 
 .PHONY: demo test lint reference
 
 demo: .venv/installed
-	$(BIN)/python $(METHOD).py --preset tiny-sd15
+	$(BIN)/python $(METHOD).py --preset $(PRESET)
 
 test: .venv/installed
 	$(BIN)/python -m ruff check .

@@ -101,7 +101,11 @@ PRESETS = {
     "nft-geneval": NFT | GENEVAL,
     # the embedded models: coloured shapes on a CPU (ours; docs/awm.md)
     "tiny": TINY | dict(model="tiny-sd35", lr=4e-4, epochs=100),
-    "tiny-sd15": TINY | dict(model="tiny-sd15", lr=1e-3, epochs=80),
+    "tiny-sd15": TINY | dict(model="tiny-sd15", lr=1e-3, epochs=80, eval_every=10),
+    "tiny-sd15-release": RELEASE | harness.TINY | dict(
+        model="tiny-sd15", beta=0.003, lr=1e-3, epochs=80, eval_every=10,
+        dtype="auto", sampler_grid="diffusers", note="",
+    ),
 }  # fmt: skip
 METRICS = harness.Metrics(
     means=[

@@ -43,7 +43,7 @@ WATCHED = 32  # transitions of an epoch and held-out images whose distance to th
 NOISE_LEVEL = {"ddim": 1.0, "flow_sde": 0.7, "dance": 0.3, "cps": 0.8, "ancestral": 1.0, "ode": 0.0}
 TINY = dict(  # the embedded models' experiment, in every script: coloured shapes, 64 images an epoch, one update
     prompts="prompts/shapes_train.txt", eval_prompts="prompts/shapes_heldout.txt",
-    reward="shapes", eval_rewards="shapes-strict", eval_images=256,
+    reward="shapes", eval_rewards="shapes-strict", eval_images=256, eval_every=20,
     max_sequence_length=10, steps=10, eval_steps=None, cfg=1.0, num_prompts=8, group_size=8,
     updates_per_epoch=1, ema_decay=0.9, ema_every=1, ema_warmup=False,
     lora_rank=16, lora_alpha=16, lora_targets="attention+mlp",

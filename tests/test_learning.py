@@ -9,6 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import awm
+import first_order_rsm
+import grpo
+import tempflow_rsm
+import vmpo
 from benchmarks import learning
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -85,3 +90,17 @@ def test_commands_are_complete(variant):
         if epochs:
             assert learning.flags_of(preset, variant)[1][-2:] == ["--epochs", str(epochs)]
             assert {"images", "evaluations", "transitions"} <= costs[f"{preset} {variant}"].keys()
+
+
+@pytest.mark.parametrize("script", [vmpo, awm, grpo, tempflow_rsm, first_order_rsm], ids=lambda s: s.__name__)
+def test_demos_show_six_held_out_points(script):
+    for name in (name for name in script.PRESETS if name.startswith("tiny")):
+        preset = script.PRESETS[name]
+        assert 1 + preset["epochs"] // preset["eval_every"] >= 6
+
+
+def test_the_embedded_release_preset_is_the_benchmarks_variant():
+    script, flags = learning.flags_of("tiny-sd15", "awm-release", 80)
+    variant, preset = (vars(awm.parse_args(argv)) for argv in (flags, ["--preset", "tiny-sd15-release"]))
+    own = {"preset", "argv", "changed", "note", "eval_every", "backbone", "prompt_list", "eval_prompt_list"}
+    assert script == "awm.py" and {k for k in variant if variant[k] != preset[k]} <= own
