@@ -7,7 +7,8 @@
 
 Each run is a plain command (printed, and kept in the results); finished runs are not repeated and interrupted ones go
 on.  Results are added to results/learning.json.  The report draws results/FAMILY_PRESET.png and fills in the tables of
-README.md and docs/, each between a line <!-- learning PRESETS: VARIANTS --> or <!-- claims --> and <!-- end -->.
+README.md and docs/, each between a line <!-- learning PRESETS: VARIANTS -->, <!-- short PRESETS: VARIANTS --> or
+<!-- claims --> and <!-- end -->.
 Over seeds: the interquartile mean (Agarwal et al., NeurIPS 2021; of three seeds: the mean), its 95 % percentile
 bootstrap interval, and for each claim the probability that a run of one method beats one of the other.
 """
@@ -111,6 +112,7 @@ CLOCKS = {
     "seconds": "seconds on one idle core",
 }
 HELD_OUT = 512  # images of an evaluation
+SHORT = (1, 2, 3, 6, 7, 8, 10, 11)  # columns of the README's table
 
 
 def parse_args():
@@ -260,11 +262,12 @@ class Results:
 
 
 # ---- report ------------------------------------------------------------------
-def table(results, presets, variants) -> list[str]:
+def table(results, presets, variants, columns=range(15)) -> list[str]:
     """One line per preset and variant: four clocks, what was gained, and where it was measured drift and diversity."""
+    chosen = lambda cells: "| " + " | ".join(cells[c] for c in columns) + " |"  # noqa: E731
     head = "preset | variant | seeds | images (k) | network evaluations (k) | passes with gradient (k) | s | "
     head += "reward before | gain | ± over images | strictly right before | gain | ± over images | drift | diversity"
-    rows = [f"| {head} |", "|" + "---|" * (head.count("|") + 1)]
+    rows = [chosen(head.split(" | ")), "|" + "---|" * len(columns)]
     for preset, variant in ((p, v) for p in presets for v in variants if results.of(p, v)):
         runs, spent = results.of(preset, variant), [results.spent(preset, variant, clock) for clock in CLOCKS]
         cells = [preset, f"`{variant}`", str(len(runs)), *(f"{x / 1000:.1f}" for x in spent[:3])]
@@ -276,7 +279,7 @@ def table(results, presets, variants) -> list[str]:
             ends = ["0", str(runs[0]["epochs"])]
             alike = " → ".join(f"{iqm([r['frontier'][e]['diversity'] for r in runs]):.3f}" for e in ends)
             cells += [f"{iqm([r['frontier'][ends[1]]['drift'] for r in runs]):.4f}", alike]
-        rows.append("| " + " | ".join(cells + [""] * (15 - len(cells))) + " |")
+        rows.append(chosen(cells + [""] * (15 - len(cells))))
     return rows
 
 
@@ -297,10 +300,12 @@ def claims(results) -> list[str]:
 
 def fill_in(results) -> None:
     """The tables between the marks in README.md and docs/."""
-    mark = re.compile(r"<!-- (learning ([^:>]+): ([^>]+)|claims) -->\n.*?<!-- end -->", re.S)
+    mark = re.compile(r"<!-- ((learning|short) ([^:>]+): ([^>]+)|claims) -->\n.*?<!-- end -->", re.S)
 
     def filled(found):
-        rows = claims(results) if found[1] == "claims" else table(results, found[2].split(), found[3].split())
+        columns = SHORT if found[2] == "short" else range(15)
+        of = found[1] != "claims" and (found[3].split(), found[4].split(), columns)
+        rows = table(results, *of) if of else claims(results)
         return "\n".join([f"<!-- {found[1]} -->", *rows, "<!-- end -->"])
 
     for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):

@@ -73,7 +73,7 @@ def test_the_docs_hold_what_the_report_says(tmp_path, monkeypatch):
     (tmp_path / "docs").mkdir()
     for page in pages:
         empty = re.sub(
-            r"(<!-- (?:learning [^>]+|claims) -->\n).*?(<!-- end -->)", r"\1\2", page.read_text(), flags=re.S
+            r"(<!-- (?:(?:learning|short) [^>]+|claims) -->\n).*?(<!-- end -->)", r"\1\2", page.read_text(), flags=re.S
         )
         (tmp_path / page.relative_to(ROOT)).write_text(empty)
     monkeypatch.setattr(learning, "ROOT", tmp_path)
