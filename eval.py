@@ -119,7 +119,7 @@ def parse_args(argv=None):
     flag("--gallery-mb", 24, "float >= 0", "size of the images in gallery.html; 0 = no gallery")
     # what harness reads besides; once the prompts are encoded, the encoders leave the GPU
     parser.set_defaults(gradient_checkpointing=False, detach_uncond=False, lora_targets="attention")
-    parser.set_defaults(offload_text_encoders=True)
+    parser.set_defaults(offload_text_encoders=True, offload_rollout=False, vae_dtype="float32")
     try:
         first = parser.parse_args(argv)
         own = panel_defaults(first) if first.panel else lora_defaults(first)
