@@ -32,13 +32,14 @@ from tqdm import tqdm
 import checkpoints
 import common
 import eval_files
+import eval_runs
 import harness
 import pictures
 import rewards
 from eval_files import OVER_TAGS, digest
+from eval_runs import LORA_FILE
 from harness import need
 
-LORA_FILE = "pytorch_lora_weights.safetensors"
 SD35 = dict(model="sd3.5-medium", images_per_prompt=1, steps=40, cfg=4.5, max_sequence_length=128)
 TINY = dict(
     prompts="prompts/shapes_heldout.txt", rewards="shapes,shapes-strict", diversity="diversity-clip",
@@ -78,8 +79,6 @@ MISSING = {
 MISSING["pickscore-nocfg"] = MISSING["pickscore"]
 # steps and cfg where neither flag nor preset says
 SAMPLER = {common.SD15: (50, 5.0), common.SD35: (40, 4.5), common.Flux: (28, 3.5)}
-# of a run's args.json: what --panel takes over as it is
-SAME = "reward_path resolution max_sequence_length model t5 dtype decode_batch_size reward_batch_size".split()
 
 
 # ---- flags and their checks --------------------------------------------------
@@ -122,10 +121,10 @@ def parse_args(argv=None):
     parser.set_defaults(offload_text_encoders=True, offload_rollout=False, vae_dtype="float32")
     try:
         first = parser.parse_args(argv)
-        own = panel_defaults(first) if first.panel else lora_defaults(first)
+        own = eval_runs.panel_defaults(first) if first.panel else eval_runs.lora_defaults(first)
         parser.set_defaults(**own | PRESETS.get(first.preset, {}))
         args = parser.parse_args(argv)
-        own_paths(args, first, own)
+        eval_runs.own_paths(args, first, own)
         args.command = shlex.join(["python", "eval.py", *(sys.argv[1:] if argv is None else argv)])
         harness.check_limits(parser, args)
         check_args(args)
@@ -136,85 +135,6 @@ def parse_args(argv=None):
     except (common.UsageError, rewards.UsageError) as problem:
         parser.error(str(problem))
     return args
-
-
-def run_settings(own: dict) -> dict:
-    """A run's args.json -> its own evaluation as flags."""
-    found = {name: own[name] for name in SAME}
-    found |= {"steps": own["eval_steps"], "batch_size": own["micro_batch_size"]}
-    found["cfg"] = own.get("eval_cfg", own["cfg"])
-    if own["eval_kernel"] == "same":
-        found |= {name: own[name] for name in ("kernel", "noise_level")}
-    specs = [spec for spec in (own["reward"], own["eval_rewards"]) if spec and not rewards.is_grouped(spec)]
-    names = dict.fromkeys(name for spec in specs for name, _ in rewards.parse_spec(spec))
-    return found | dict(prompts=own["eval_prompts"] or own["prompts"], rewards=",".join(names))
-
-
-def panel_defaults(args) -> dict:
-    """--panel RUN: the run's own evaluation as flags, with K = 4 and --eval-images in all."""
-    run = Path(args.panel)
-    try:
-        own = json.loads((run / "args.json").read_text())["args"]
-        found, images = run_settings(own), own["eval_images"]
-    except (OSError, ValueError, KeyError, TypeError) as problem:
-        need(False, f"--panel {run} is no run folder ({problem!r}); give a trainer's, e.g. runs/NAME")
-    need(not args.lora, f"--panel {run} evaluates the run's own checkpoints; leave --lora out")
-    need(args.checkpoints > 0, f"--checkpoints {args.checkpoints} is too few; use 1 or more")
-    epochs = sorted(run.glob("checkpoints/epoch_*[0-9]/" + LORA_FILE), key=lambda file: int(file.parent.name[6:]))
-    need(epochs, f"--panel {run} has no checkpoint yet; let it train longer")
-    count = min(args.checkpoints, len(epochs))
-    return found | dict(
-        lora=[str(epochs[(i + 1) * len(epochs) // count - 1].parent) for i in range(count)],
-        num_prompts=min(max(1, images // 4), len(harness.load_prompts(found["prompts"]))),
-        images_per_prompt=4, diversity="diversity-clip", trained_on=own["reward"],
-    )  # fmt: skip
-
-
-def runs_of(args) -> dict[str, dict]:
-    """{run folder: its flags} of those --lora that lie in one."""
-    found = {}
-    for given in args.lora:
-        place = Path(given).absolute()
-        for folder in (place, place.parent.parent, place.parent.parent.parent):  # RUN, its checkpoint, its file
-            try:
-                found[folder.name] = json.loads((folder / "args.json").read_text())["args"]
-                break
-            except (OSError, ValueError, KeyError, TypeError):
-                continue
-    return found
-
-
-def lora_defaults(args) -> dict:
-    """--lora RUN: model, sampler, prompts and rewards of its own evaluation; flags and presets win."""
-    for own in runs_of(args).values():
-        try:
-            found = run_settings(own)
-        except (KeyError, TypeError, common.UsageError, rewards.UsageError):  # of another version, or moved
-            return {}
-        return found if found["rewards"] else found | {"rewards": args.rewards}
-    return {}
-
-
-def differences(args) -> list[str]:
-    """What the images are drawn with that neither the run's training nor its own evaluation had."""
-    found = []
-    for name, own in runs_of(args).items():
-        for key in ("cfg", "resolution", "steps", "max_sequence_length"):
-            trained, tested = own.get(key), own.get(f"eval_{key}", own.get(key))
-            mine = getattr(args, key)
-            if trained is not None and mine not in (trained, tested) and (args.kind == "flow" or "length" not in key):
-                flag, also = "--" + key.replace("_", "-"), f" and evaluated at {tested}" * (tested != trained)
-                found.append(f"warning: {flag} {mine}, but {name} was trained at {trained}{also}")
-    return found
-
-
-def own_paths(args, first, own: dict) -> None:
-    """The run's --reward-path goes with the run's rewards: of others' they are left out."""
-    if own and not first.reward_path:
-        same, names = args.rewards == own["rewards"], {*args.rewards.split(","), args.diversity}
-        paths = rewards.parse_paths(args.reward_path)
-        kept = {name: path for name, path in paths.items() if name in names or not name and same}
-        args.reward_path = [f"{name}={path}" if name else path for name, path in kept.items()]
 
 
 def check_args(args) -> None:
@@ -534,7 +454,7 @@ def main(args):
     there = [file.exists() for of in files.values() for file in of]
     to_score = {name for terms in ids.values() for name, of in terms.items() if not scores.keys() >= set(of)}
     print(f"model {args.model}  device {device}  dtype {dtype} ({reason})  kernel {args.kernel}  steps {args.steps}")
-    print(*differences(args), sep="\n", end="\n" * bool(differences(args)))
+    eval_runs.warn_of_differences(args)
     print(f"folder {out}  images {len(there)}, of which {sum(there)} are there")
 
     # ---- 2 the model, the LoRAs checked against it, the rewards, as far as they are needed

@@ -24,6 +24,7 @@ import checkpoints
 import common
 import eval as evaluation
 import eval_files
+import eval_runs
 import harness
 import pictures
 import rewards
@@ -448,13 +449,13 @@ def test_a_run_is_evaluated_as_it_was_trained_unless_told_otherwise(world, promp
         args = evaluation.parse_args([*argv, str(given)])
         assert (args.model, args.cfg, args.steps, args.max_sequence_length) == ("tiny-sd35", 1.0, 3, 10)
         assert args.rewards == f"{PROBE},shapes" and args.prompts == prompts
-        assert evaluation.differences(args) == []
+        assert eval_runs.differences(args) == []
     args = evaluation.parse_args([*argv, str(run), "--cfg", "4.5", "--steps", "10", "--rewards", "jpeg"])
     assert (args.cfg, args.steps, args.rewards) == (4.5, 10, "jpeg")
-    assert evaluation.differences(args) == ["warning: --cfg 4.5, but run was trained at 3.0 and evaluated at 1.0"]
+    assert eval_runs.differences(args) == ["warning: --cfg 4.5, but run was trained at 3.0 and evaluated at 1.0"]
     args = evaluation.parse_args([*argv, str(run), "--preset", "tiny", "--steps", "7", "--max-sequence-length", "9"])
     assert args.prompts == "prompts/shapes_heldout.txt" and args.steps == 7
-    assert [w.split(",")[0] for w in evaluation.differences(args)] == ["warning: --steps 7",
+    assert [w.split(",")[0] for w in eval_runs.differences(args)] == ["warning: --steps 7",
                                                                        "warning: --max-sequence-length 9"]  # fmt: skip
 
 
@@ -470,11 +471,11 @@ def test_a_runs_reward_paths_go_with_its_rewards(world, prompts, tmp_path):
 
 def test_a_run_of_another_version_or_with_a_grouped_reward(world, prompts, tmp_path):
     run = run_folder(world, tmp_path / "run", prompts, reward="test_eval:best", eval_rewards="jpeg")
-    assert evaluation.lora_defaults(Namespace(lora=[str(run)], rewards="x"))["rewards"] == "jpeg"
+    assert eval_runs.lora_defaults(Namespace(lora=[str(run)], rewards="x"))["rewards"] == "jpeg"
     (run / "args.json").write_text('{"args": {"model": "sd15"}}')
-    assert evaluation.lora_defaults(Namespace(lora=[str(run)], rewards="x")) == {}
+    assert eval_runs.lora_defaults(Namespace(lora=[str(run)], rewards="x")) == {}
     (run / "args.json").write_text("no JSON")
-    assert evaluation.runs_of(Namespace(lora=[str(run), "nowhere"])) == {}
+    assert eval_runs.runs_of(Namespace(lora=[str(run), "nowhere"])) == {}
 
 
 # ---- tags and diversity ---------------------------------------------------------------------------------------------
