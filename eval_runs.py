@@ -1,4 +1,4 @@
-"""What an evaluation takes from a run folder: its own settings as flags, and a warning where flags differ from them."""
+"""What an evaluation takes from a run folder: its own settings as flags, and warnings where flags differ."""
 
 import json
 from pathlib import Path

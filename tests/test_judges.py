@@ -307,3 +307,24 @@ def test_dpg_benchs_file_becomes_a_prompt_list(tmp_path, url):
     (tmp_path / "dpg.csv").write_text("a,b\n1,2\n")
     with pytest.raises(UsageError, match="no column dependency, item_id"):
         questions.read_dpg(str(tmp_path / "dpg.csv"))
+
+
+# ---- a run --------------------------------------------------------------------------------------------------------
+def test_a_run_whose_judge_says_nothing_of_one_prompt(url, tmp_path, capsys):
+    """Asked again as often as the flag says, then the run stops, or goes on without that prompt and counts it."""
+    import csv
+
+    import grpo
+
+    (tmp_path / "prompts.txt").write_text("a red circle\na blind cat\n")
+    argv = "--preset tiny --num-prompts 2 --group-size 2 --steps 2 --epochs 1 --eval-images 0 --sample-every 0".split()
+    argv += ["--prompts", str(tmp_path / "prompts.txt"), "--runs", str(tmp_path), "--reward", "rubric",
+             "--reward-path", f"rubric={url}", "--reward-retries", "1"]  # fmt: skip
+    before = len(seen(url))
+    with pytest.raises(SystemExit, match="'rubric' has no score: prompt 'a blind cat'"):
+        grpo.main(grpo.parse_args([*argv, "--name", "stops"]))
+    assert len(seen(url)) - before == 4 + 2  # both images of the prompt once more
+    grpo.main(grpo.parse_args([*argv, "--name", "goes_on", "--skip-failed"]))
+    with (tmp_path / "goes_on" / "metrics.csv").open(newline="") as f:
+        (row,) = csv.DictReader(f)
+    assert row["reward/skipped"] == "1" and 0 < float(row["reward/mean"]) < 1 and float(row["grad/norm"]) > 0
