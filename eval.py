@@ -122,6 +122,8 @@ def parse_args(argv=None):
     try:
         first = parser.parse_args(argv)
         own = eval_runs.panel_defaults(first) if first.panel else eval_runs.lora_defaults(first)
+        if first.preset:  # a protocol: with its sampler, which is deterministic
+            own = {name: value for name, value in own.items() if name not in ("kernel", "noise_level")}
         parser.set_defaults(**own | PRESETS.get(first.preset, {}))
         args = parser.parse_args(argv)
         eval_runs.own_paths(args, first, own)

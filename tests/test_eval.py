@@ -455,6 +455,9 @@ def test_a_run_is_evaluated_as_it_was_trained_unless_told_otherwise(world, promp
     assert eval_runs.differences(args) == ["warning: --cfg 4.5, but run was trained at 3.0 and evaluated at 1.0"]
     args = evaluation.parse_args([*argv, str(run), "--preset", "tiny", "--steps", "7", "--max-sequence-length", "9"])
     assert args.prompts == "prompts/shapes_heldout.txt" and args.steps == 7
+    noisy = run_folder(world, tmp_path / "noisy", prompts, eval_kernel="same")
+    assert evaluation.parse_args([*argv, str(noisy)]).kernel == "flow_sde"
+    assert evaluation.parse_args([*argv, str(noisy), "--preset", "tiny"]).kernel == "ode"  # a protocol keeps its own
     assert [w.split(",")[0] for w in eval_runs.differences(args)] == ["warning: --steps 7",
                                                                        "warning: --max-sequence-length 9"]  # fmt: skip
 
