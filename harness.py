@@ -40,6 +40,9 @@ MODELS = {  # name: folder or hub id, pipeline, latent channels, pixels per late
     "tiny-sd35": (str(HERE / "tiny" / "sd35"), "StableDiffusion3Pipeline", 4, 4, 32, 1.3),
 }
 WATCHED = 32  # transitions of an epoch and held-out images whose distance to the reference is for the log alone
+# GiB that the network keeps of a sample of 512 px and a branch of the guidance, in half precision, for the backward
+# pass: as it is, and with checkpointing (python -m benchmarks.activations)
+ACTIVATIONS = {"sd15": (0.75, 0.20), "sd3.5-medium": (1.89, 0.18), "flux.1-dev": (0.0, 0.0)}
 NOISE_LEVEL = {"ddim": 1.0, "flow_sde": 0.7, "dance": 0.3, "cps": 0.8, "ancestral": 1.0, "ode": 0.0}
 TINY = dict(  # the embedded models' experiment, in every script: coloured shapes, 64 images an epoch, one update
     prompts="prompts/shapes_train.txt", eval_prompts="prompts/shapes_heldout.txt",
@@ -581,8 +584,16 @@ def rollout_memory(args, latents: int, what: str) -> str:
     return f"{latents * d * 4 / 2**30:.2f} GB over all processes ({what}; float32)" if d else "unknown"
 
 
+def activation_memory(args) -> str:
+    """The line of --dry-run for what a micro-batch of the update keeps."""
+    branches = 1 if args.cfg == 1 or args.backbone.distilled else 2
+    wide, pixels = 1 + (args.dtype == "float32"), (args.resolution / 512) ** 2
+    usual, less = (each * args.micro_batch_size * branches * wide * pixels for each in ACTIVATIONS[args.model])
+    return f"{usual:.1f} GB for --micro-batch-size {args.micro_batch_size}, {less:.1f} with --gradient-checkpointing"
+
+
 def print_sizes(args, rows: dict[str, str]) -> None:
-    """The sizes that follow from the flags (`rows` are the method's), and the memory apart from activations."""
+    """The sizes that follow from the flags (`rows` are the method's), and the memory that the large parts take."""
     samples, updates = args.num_prompts * args.group_size, args.updates_per_epoch * args.inner_epochs
     lists = f"{len(args.prompt_list)} for training, {len(args.eval_prompt_list)} for evaluation"
     lines = {"note": args.note} if args.note else {}
@@ -599,7 +610,9 @@ def print_sizes(args, rows: dict[str, str]) -> None:
     if latent_size(args):
         gigabytes = MODELS[args.model][5] * 1e6 / 2**30
         half, full = f"{2 * gigabytes:.2f} GB in half precision", f"{4 * gigabytes:.2f} GB in float32"
-        lines["memory for the denoiser"] = f"{half}, {full}, activations not counted"
+        lines["memory for the denoiser"] = f"{half}, {full}"
+    if args.model in ACTIVATIONS:
+        lines["memory for its activations"] = activation_memory(args)
     for key, value in lines.items():
         print(f"{key:42s} {value}")
 

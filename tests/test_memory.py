@@ -134,3 +134,27 @@ def test_decoder_in_bfloat16_moves_the_images_by_less_than_a_level_on_average(ha
     drift = 255 * (low - exact).abs()
     print(f"drift in levels of 255: mean {drift.mean():.2f}, max {drift.max():.1f}")
     assert low.dtype == torch.float32 and 0 < drift.mean() < 0.6
+
+
+def test_dry_run_estimates_the_activations(capsys):
+    """Linear in samples, branches and pixels; less with checkpointing."""
+    vmpo, found = importlib.import_module("vmpo"), []
+    for more in ("", "--micro-batch-size 16", "--cfg 1", "--resolution 1024", "--dtype float32"):
+        with pytest.raises(SystemExit):
+            vmpo.parse_args(["--model", "sd15", "--dry-run", *more.split()])
+        line = next(x for x in capsys.readouterr().out.splitlines() if x.startswith("memory for its activations"))
+        found.append([float(word) for word in line.split() if "." in word])
+    usual = [8 * 2 * each for each in harness.ACTIVATIONS["sd15"]]  # micro-batches of 8, two branches
+    for factor, pair in zip((1, 2, 0.5, 4, 2), found):
+        assert pair == pytest.approx([factor * each for each in usual], abs=0.06)
+
+
+def test_kept_tensors_are_counted_once_and_without_weights():
+    from benchmarks import activations
+
+    weight = torch.nn.Parameter(torch.randn(3, 5))
+    x = torch.randn(7, 5, requires_grad=True)
+    with activations.kept({weight.untyped_storage()._cdata}) as found:
+        y = x @ weight.T  # keeps x
+        out = y.exp().tanh().sum() + (x**2).sum()  # keep the two results, and x again
+    assert activations.size(found) == 4 * (x.numel() + 2 * y.numel()) and out.requires_grad
