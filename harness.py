@@ -42,7 +42,7 @@ MODELS = {  # name: folder or hub id, pipeline, latent channels, pixels per late
 WATCHED = 32  # transitions of an epoch and held-out images whose distance to the reference is for the log alone
 # GiB that the network keeps of a sample of 512 px and a branch of the guidance, in half precision, for the backward
 # pass: as it is, and with checkpointing (python -m benchmarks.activations)
-ACTIVATIONS = {"sd15": (0.75, 0.20), "sd3.5-medium": (1.89, 0.18), "flux.1-dev": (0.0, 0.0)}
+ACTIVATIONS = {"sd15": (0.75, 0.20), "sd3.5-medium": (1.89, 0.18), "flux.1-dev": (5.42, 0.48)}
 NOISE_LEVEL = {"ddim": 1.0, "flow_sde": 0.7, "dance": 0.3, "cps": 0.8, "ancestral": 1.0, "ode": 0.0}
 TINY = dict(  # the embedded models' experiment, in every script: coloured shapes, 64 images an epoch, one update
     prompts="prompts/shapes_train.txt", eval_prompts="prompts/shapes_heldout.txt",
