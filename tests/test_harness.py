@@ -227,6 +227,17 @@ def test_the_end_of_a_run(recorder, monkeypatch, capsys):
     assert sorted(file.name for file in run.dir.glob("samples/*")) == ["epoch_0000.png", "epoch_0002.png"]
 
 
+def test_every_process_keeps_its_own_held_out_images(tmp_path):
+    """Five images, three a process: the second one's last is the first prompt again and is not kept."""
+    for rank in (0, 1):
+        run = harness.Run(tmp_path, torch.device("cpu"), torch.float32, rank, 2)
+        assert harness.held_out_share(SimpleNamespace(eval_images=5), run) == 3
+        harness.keep_images(torch.full((3, 3, 4, 4), rank / 2), SimpleNamespace(eval_images=5), run, 7)
+    files = [harness.held_out_file(tmp_path, 7, n) for n in range(5)]
+    assert sorted(tmp_path.rglob("*.png")) == files
+    assert pictures.read_images(files)[:, 0, 0, 0].tolist() == pytest.approx([0, 0, 0, 0.5, 0.5], abs=2e-3)
+
+
 def test_without_held_out_images_nothing_is_drawn(recorder, monkeypatch):
     args, run = recorder.args, recorder.run
     args.eval_images, args.epochs, args.sample_every = 0, 1, 1
