@@ -215,7 +215,7 @@ def test_against_the_pipeline(world, prompts, tmp_path, preset, lora):
             want = probe((drawn * 255).round() / 255, PROMPTS[p]).item()
             assert images(found, model)[p, 0].item() == pytest.approx(want, abs=1e-3), (model, p)
     assert (images(found, lora) - images(found, "base")).abs().max() > 2e-2  # ... and the LoRA matters
-    assert Image.open(tmp_path / "grid.png").size == (2 * (2 * 100 + 10), 96 + 40)  # two pairs, before and after
+    assert Image.open(tmp_path / "grid.png").size == (2 * (2 * 100 + 10), 96 + 54)  # two pairs, named below
 
 
 def test_batch_sizes_order_and_numbers_change_nothing(world, prompts, result, tmp_path):
