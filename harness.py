@@ -366,8 +366,9 @@ def check_args(args) -> None:
     check_processes(args)
     use_model(args)
     check_sampler(args)
-    args.prompt_list = load_prompts(args.prompts)
-    args.eval_prompt_list = load_prompts(args.eval_prompts) if args.eval_prompts else args.prompt_list
+    args.prompt_list = args.eval_prompt_list = load_prompts(args.prompts)
+    if args.eval_prompts:
+        args.eval_prompt_list = load_prompts(args.eval_prompts, "--eval-prompts")
     if len(args.prompt_list) < args.num_prompts:
         have = f"--prompts has {len(args.prompt_list)} prompts, fewer than --num-prompts {args.num_prompts}"
         print(f"note: {have}; they repeat within an epoch")
@@ -412,7 +413,7 @@ def check_sampler(args) -> None:
     silent = "--kernel ode is deterministic and has no log-probability"
     need(kernel != "ode", silent, "use a stochastic kernel for training")
     level = args.noise_level = NOISE_LEVEL[kernel] if args.noise_level is None else args.noise_level
-    need(level > 0, f"--noise-level {level} leaves no noise to learn from", "use a value above 0")
+    need(0 < level < math.inf, f"--noise-level {level} leaves no noise to learn from", "use a finite one above 0")
     idle = f"--kernel ancestral has no noise level, --noise-level {level} would do nothing"
     need(kernel != "ancestral" or level == 1, idle, "leave it out")
     high = f"--noise-level {level} is above 1, where {kernel} has no real step"
@@ -451,27 +452,28 @@ def warn_of_clip_range(args) -> None:
         print(f"warning: {what}; with --logprob-reduce sum the same range is {same}")
 
 
-def load_prompts(paths: str) -> list[common.Prompt]:
+def load_prompts(paths: str, flag: str = "--prompts") -> list[common.Prompt]:
     """Comma-separated .txt (a prompt a line) and .jsonl files ({"prompt": ...} a line); UsageError if none."""
     found: list[tuple[str, dict]] = []
     for name in paths.split(","):
-        path = Path(name) if Path(name).exists() else HERE / name
+        path = source("prompts", name)
         give = "give a .txt file with one prompt a line or a .jsonl file (see prompts/README.md)"
-        need(path.is_file(), f"--prompts {name or '(empty)'} does not exist", give)
+        need(path.is_file(), f"{flag} {name or '(empty)'} does not exist", give)
         try:
             lines = path.read_text(encoding="utf-8-sig").split("\n")  # splitlines() would cut at other separators too
         except UnicodeDecodeError:
-            raise UsageError(f"--prompts {name} is not UTF-8 text; save it as UTF-8") from None
+            raise UsageError(f"{flag} {name} is not UTF-8 text; save it as UTF-8") from None
         for number, line in enumerate(lines, 1):
             try:
                 metadata = json.loads(line) if line.strip() and path.suffix == ".jsonl" else {"prompt": line}
                 text = metadata["prompt"].strip()
-            except (ValueError, KeyError, TypeError, AttributeError):
+                text.encode()  # half of a surrogate pair is no text
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
                 problem = "not a JSON object with a 'prompt' text"
-                raise UsageError(f"--prompts {name}, line {number}: {problem}") from None
+                raise UsageError(f"{flag} {name}, line {number}: {problem}") from None
             if text:
                 found.append((text, metadata if path.suffix == ".jsonl" else {}))
-    need(found, f"--prompts {paths} is empty", "it needs at least one prompt")
+    need(found, f"{flag} {paths} is empty", "it needs at least one prompt")
     return [common.Prompt(i, text, metadata) for i, (text, metadata) in enumerate(found)]
 
 
@@ -490,12 +492,12 @@ def find_model(name: str) -> tuple[str, type]:
         require_hub(name, what)
         index = Path(hf_hub_download(name, "model_index.json"))
     try:
-        pipeline = json.loads(index.read_text())["_class_name"]
+        pipeline = str(json.loads(index.read_text())["_class_name"])
     except (ValueError, KeyError, TypeError):
         advice = "give a folder in diffusers format"
         raise UsageError(f"{what}: {index} does not name a pipeline; {advice}") from None
     known = ", ".join(common.BACKBONES)
-    need(pipeline in common.BACKBONES, f"{what} is a {pipeline}", f"supported are {known}")
+    need(pipeline in common.BACKBONES, f"{what} is a {pipeline[:80]}", f"supported are {known}")
     return name, common.BACKBONES[pipeline]
 
 
@@ -551,6 +553,7 @@ def check_model(args) -> None:
 
 
 def check_lora_targets(net, args) -> None:
+    need(lora_targets(args), "--lora-targets is empty", "use attention, attention+mlp, or endings of layer names")
     linear = [n for n, m in net.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
     endings = sorted({n.rsplit(".", 1)[-1] for n in linear if not n.rsplit(".", 1)[-1].isdigit()})
     for target in lora_targets(args):
