@@ -838,6 +838,7 @@ class Optimiser:
         self.ema, self.ema_every = EMA(self.params, ema_decay) if ema_decay else None, ema_every
         self.ema_warmup, self.ema_repeats = ema_warmup, ema_repeats
         self.steps, self.bad_steps, self.max_bad_steps = 0, 0, max_bad_steps
+        self.cause = lambda: "cause unknown"  # what is not finite, where somebody watches
 
     def backward(self, loss: torch.Tensor) -> None:
         (self.scaler.scale(loss) if self.scaler else loss).backward()
@@ -850,11 +851,11 @@ class Optimiser:
         taken = all(fine for _, fine in done)
         self.steps += 1
         self.bad_steps = 0 if taken else self.bad_steps + 1
+        if not taken and rank() == 0:
+            print(f"note: update {self.steps} is not applied, its gradient is NaN or infinite ({self.cause()})")
         if self.bad_steps > self.max_bad_steps:
-            raise SystemExit(
-                f"stopped: {self.bad_steps} updates in a row had a NaN or infinite gradient; "
-                "the last checkpoint is intact; try a smaller --lr"
-            )
+            what = f"{self.bad_steps} updates in a row had a NaN or infinite gradient ({self.cause()})"
+            raise SystemExit(f"stopped: {what}; the last checkpoint is intact; try a smaller --lr")
         if self.ema and taken:
             self._average()
         return [norm for norm, _ in done]

@@ -322,7 +322,7 @@ def main(args):
                 stats.add(harness.by_step(i, {"drift": moved, "guidance_norm": size}) | parts_of_push | {
                     "loss/total": total, "loss/guidance": loss, "loss/old": old, "loss/net": net_loss,
                     "drift/mean": moved, "guidance/norm": size, "guidance/clip_frac": clipped,
-                })  # fmt: skip
+                }, i)  # fmt: skip
                 if args.method != "vgg-flow":
                     stats.add({"kl/ref": common.kl_divergence(drift, args.logprob_reduce)})
             norms.append(optimiser.step())  # 4c: all-reduce, clip, AdamW on theta and on phi

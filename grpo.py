@@ -382,7 +382,7 @@ def main(args):
                     "ratio/mean": ratio, "ratio/clip_frac": outside.float(),
                     "ratio/approx_kl": 0.5 * log_ratio**2,
                     "adv/mean": a,
-                })  # fmt: skip
+                }, i)  # fmt: skip
                 stats.top("ratio/max", ratio.max().item())
             norms += optimiser.step()  # 4c: all-reduce, clip, AdamW on theta
 

@@ -915,11 +915,13 @@ class Stats:
     def __init__(self, means: list[str], tops=(), stds=(), tolerance: float = math.inf, epoch: int = 0):
         self.sums = {key: [0.0, 0.0, 0.0] for key in means}  # count, sum, sum of squares
         self.tops = dict.fromkeys(tops, 0.0)
-        self.stds, self.tolerance, self.epoch, self.started = stds, tolerance, epoch, False
+        self.stds, self.tolerance, self.epoch, self.started, self.rows = stds, tolerance, epoch, False, []
 
     @torch.no_grad()
-    def add(self, values: dict[str, torch.Tensor]) -> None:
-        """Each value (n,): one number per row."""
+    def add(self, values: dict[str, torch.Tensor], i: torch.Tensor | None = None) -> None:
+        """Each value (n,): one number per row; i: the rows' steps, for broken()."""
+        if i is not None:
+            self.rows.append((i, values["loss/total"].isfinite()))
         for key, value in values.items():
             value = value.double()
             for j, part in enumerate((value.numel(), value.sum(), (value**2).sum())):
@@ -944,6 +946,13 @@ class Stats:
                 f"{deviation:.1e}, expected below {self.tolerance:.0e}; the rollout's and the update's passes differ: "
                 "use --dtype float32 or float16, or accept it with --ratio-tolerance"
             )
+
+    def broken(self) -> str:
+        """Which quantities of the epoch so far are not finite, and at which steps: why a gradient is not."""
+        names = [key for key, (_, total, _) in self.sums.items() if not math.isfinite(float(total))]
+        steps = sorted({j for i, fine in self.rows for j in i[~fine.to(i.device)].tolist()})
+        found = ", ".join(names) + (f" at step {', '.join(map(str, steps))}" if steps else "")
+        return f"not finite: {found}" if names else "every logged quantity was finite: the backward pass was not"
 
     def result(self) -> dict[str, float]:
         """{key: mean}, {"x/std": standard deviation} of the "x/mean" in stds, and the maxima."""
@@ -1138,7 +1147,9 @@ class Recorder:
         usual = 1e-4 if self.run.dtype == torch.float32 else 1e-2
         given = self.args.ratio_tolerance
         tolerance = usual if given is None else given
-        return Stats(self.metrics.means, self.metrics.tops, self.metrics.stds, tolerance, epoch)
+        stats = Stats(self.metrics.means, self.metrics.tops, self.metrics.stds, tolerance, epoch)
+        self.optimiser.cause = stats.broken
+        return stats
 
     @contextmanager
     def scoring(self, epoch: int):

@@ -390,7 +390,7 @@ def main(args):
                     "ratio/mean": ratio, "ratio/clip_frac": outside.float(),
                     "ratio/approx_kl": 0.5 * log_ratio**2,
                     "adv/mean": rows.adv, "adv/zero_std_frac": rows.equal.float(),
-                })  # fmt: skip
+                }, i)  # fmt: skip
                 stats.top("ratio/max", ratio.max().item() if len(own) else 0.0)
             norms += optimiser.step()  # 4c: all-reduce, clip, AdamW on theta
 

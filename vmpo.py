@@ -324,7 +324,7 @@ def main(args):
                     "loss/kl": kl, "kl/ref": kl_ref,
                     "log_w/mean": log_w, "log_r/mean": log_r, "potential/mean": u,
                     "ratio/mean": ratio, "ratio/clip_frac": outside.float(),
-                })  # fmt: skip
+                }, i)  # fmt: skip
                 stats.top("ratio/max", ratio.max().item())
                 if "potential" in phi or "residual" in phi:
                     stats.add(learned_size(phi, path, grid, reward_t, grad_r, n, i, args.beta))

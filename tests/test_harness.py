@@ -75,6 +75,16 @@ def test_stats_are_means_over_all_rows_and_maxima():
     assert found["top"] == rows.max().item() and found["low"] == 0
 
 
+def test_what_is_not_finite_is_named_with_its_steps():
+    stats, i = harness.Stats(["loss/total", "kl", "ratio"]), torch.tensor([4, 0, 7, 4])
+    fine, broken = torch.ones(4), torch.tensor([1.0, 1.0, torch.inf, torch.nan])
+    stats.add({"loss/total": fine, "kl": fine, "ratio": fine}, i)
+    assert stats.broken() == "every logged quantity was finite: the backward pass was not"
+    stats.add({"loss/total": broken, "kl": broken, "ratio": fine}, i)
+    stats.add({"loss/total": fine, "kl": fine, "ratio": fine}, i)
+    assert stats.broken() == "not finite: loss/total, kl at step 4, 7"
+
+
 def test_stats_of_several_processes(monkeypatch):
     shares, sums = torch.randn(20).split([4, 16]), []
 
