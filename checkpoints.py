@@ -147,7 +147,8 @@ def prune(run_dir: Path, keep: int) -> None:
     root, found = run_dir / "checkpoints", by_epoch(run_dir)
     held = {c: run_dir / "eval" / f"{c.name}.json" for c in found}
     scores = {c: json.loads(file.read_text())["reward"] for c, file in held.items() if file.exists()}
-    best = max(scores, key=lambda c: sum(scores[c]) / len(scores[c]), default=None)
+    scores = {c: [x for x in each if x is not None] for c, each in scores.items()}  # None: not scored
+    best = max(scores, key=lambda c: sum(scores[c]) / max(1, len(scores[c])), default=None)
     for checkpoint in found[keep:]:
         if checkpoint != best:
             checkpoint.rename(root / f".old_{checkpoint.name}")  # first: a kill may fall into the removal
