@@ -37,7 +37,6 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: on a busy C
 
 import functools
 import inspect
-import json
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -132,7 +131,6 @@ def parse_args(argv=None):
     flag("--train-timesteps", 4, "int >= 1", "n_t: noisings of an image (paper: 4, Sec. 5; code: 6)")
     laws = ["discrete", "discrete-with-init", "subset", "uniform", "uniform-shifted", "logit-normal"]
     flag("--timesteps", "discrete", laws, "law of t; discrete: the sampler's grid (Sec. 5.2); subset: NFT")
-    flag("--timestep-grid", None, "int >= 2", "steps of that grid (paper: the sampler's)")
     flag("--stratified", True, "yes/no", "one t from each of n_t equal bins of the law (code)")
     flag("--skip-first", False, "yes/no", "discrete without t = 1: discrete_wo_init (code: GenEval, OCR)")
     flag("--t-min", 0.01, "float in (0, 1)", "smallest t of the other laws (code: 0.01; uniform 0.2)")
@@ -150,7 +148,6 @@ def parse_args(argv=None):
     flag("--nft-beta", 1.0, "float > 0", "b of v+ = (1 - b) v_old + b v (NFT: 1; OCR: 0.1)")
     flag("--nft-space", "x0", ["x0", "native"], "nft: errors of x0_hat, normalised (code), or of o")
     flag("--sampler", "sde", "text", "sde = --kernel (paper), ode, or a diffusers scheduler")
-    flag("--sampler-config", "{}", "text", "its settings (docs/awm.md)", metavar="JSON")
     flag("--sampler-grid", "diffusers", ["diffusers", "official"], "a flow's times: or AWM's, NFT's codes'")
     flag("--sampler-noise", None, "float >= 0", "tau of SASolverScheduler (code: 0.4, 0)")
     flag("--train-cfg", 1.0, "float finite", "guidance in training (paper: none = 1, Sec. 4)")
@@ -381,9 +378,7 @@ class Noising:
 
     def __init__(self, args, policy):
         self.args, self.scheduler, self.flow = args, policy.pipe.scheduler, policy.kind == "flow"
-        steps = args.timestep_grid or args.steps
-        used = int(steps * args.train_fraction + 1e-9)
-        self.grid = policy.grid(steps, "ode", 0.0).timestep[:used]  # of the discrete laws
+        self.grid = policy.grid(args.steps, "ode", 0.0).timestep[: args.train_steps]  # of the discrete laws
         self.abar = None if self.flow else self.scheduler.alphas_cumprod.double().cpu()
         self.elbo = None if self.flow else elbo_weights(self.abar)
 
@@ -505,13 +500,12 @@ def make_scheduler(args, model):
     """The diffusers scheduler of --sampler with the noise levels of the model's own."""
     import diffusers
 
-    options = dict(args.sampler_options)
+    options = {}
     if args.sampler_noise is not None:
         options["tau_func"] = lambda t: args.sampler_noise if 300 <= t <= 900 else 0.0
     flow, cls = args.kind == "flow", getattr(diffusers, args.sampler)
     if flow:
-        options |= dict(prediction_type="flow_prediction", use_flow_sigmas=True)
-        options["flow_shift"] = model.config.shift
+        options |= dict(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=model.config.shift)
     scheduler = cls.from_config({} if flow else model.config, **options)
     scheduler.set_timesteps(args.steps)
     if flow:
@@ -548,35 +542,24 @@ def check(args):
     need(args.objective == "awm" or fits, f"{nft}; use --offpolicy lagged, leave --adv-scale out")
     flow = f"--kl-weight elbo is the flow SDE's, --model {args.model} is not a flow model"
     need(args.kl_weight != "elbo" or args.kind == "flow", f"{flow}; use uniform")
-    grid = args.timestep_grid or args.steps
-    fine = f"--timestep-grid {grid} is too fine for the 1000 training steps of {args.model}"
-    need(args.kind == "flow" or grid <= 500, f"{fine}; use at most 500")
-    none = f"--train-fraction {args.train_fraction} (and --skip-first) leaves no step"
-    used, count = int(grid * args.train_fraction + 1e-9), args.train_timesteps
+    none = f"--train-fraction {args.train_fraction} (and --skip-first) leaves no step of --steps {args.steps}"
+    used, count = args.train_steps, args.train_timesteps
     first = args.skip_first or args.timesteps == "discrete-with-init"
-    need(used > first, f"{none} of --timestep-grid {grid}; raise one of them")
+    need(used > first, f"{none}; raise one of them")
     few = f"--timesteps subset cannot draw {count} different steps out of {used}"
     need(args.timesteps != "subset" or count <= used, f"{few}; lower --train-timesteps")
     check_sampler(args)
 
 
 def check_sampler(args):
-    """--sampler fits its settings, the model and --shared-noise."""
-    sampler, config, same = args.sampler, args.sampler_config, args.sampler == "ode"
+    """--sampler fits the model, --sampler-noise and --shared-noise."""
+    sampler, same = args.sampler, args.sampler == "ode"
     if args.sampler_noise is not None and sampler != "SASolverScheduler":
         tau = f"--sampler-noise is for SASolverScheduler, --sampler is {sampler}"
         given = any(word.startswith("--sampler-n") for word in args.argv)
         need(not given, f"{tau}; leave it out")
         args.sampler_noise = None  # the preset's, whose sampler was replaced
-    try:
-        args.sampler_options = json.loads(config)
-    except ValueError:
-        args.sampler_options = None
-    need(isinstance(args.sampler_options, dict), f"--sampler-config {config} is not a JSON object")
-    if sampler in ("sde", "ode"):
-        idle = f"--sampler-config is for a scheduler of diffusers, --sampler is {sampler}"
-        need(not args.sampler_options, f"{idle}; leave it out")
-    else:
+    if sampler not in ("sde", "ode"):
         grid = f"--sampler-grid official needs a flow model, --model {args.model} is not one"
         need(args.sampler_grid != "official" or args.kind == "flow", f"{grid}; use diffusers")
         same = check_scheduler(args)
@@ -585,29 +568,21 @@ def check_sampler(args):
 
 
 def check_scheduler(args) -> bool:
-    """--sampler and its settings fit the model and survive a trial; True if it draws no noise."""
+    """--sampler fits the model and survives a trial; True if it draws no noise."""
     import diffusers
     from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers as Names
 
     names = {s.name for s in Names} - {"EDMEulerScheduler"} | {"SASolverScheduler"}
     cls = getattr(diffusers, args.sampler) if args.sampler in names else None
-    takes = set(inspect.signature(cls.__init__).parameters) if cls else set()
     flow, what = args.kind == "flow", f"--sampler {args.sampler} does not fit --model {args.model}"
     known = "use sde, ode, or a scheduler of diffusers such as SASolverScheduler"
+    takes = inspect.signature(cls.__init__).parameters if cls else ()
     need(cls and (not flow or "use_flow_sigmas" in takes), f"{what}; {known}")
-    # what it is to take from the model; tau_func is a function, which JSON cannot hold
-    fixed = {"prediction_type", "use_flow_sigmas", "flow_shift", "num_train_timesteps"}
-    fixed |= {"trained_betas", "beta_start", "beta_end", "beta_schedule", "tau_func"}
-    if flow:  # other spacings of the noise levels would replace the flow's
-        fixed |= {"use_karras_sigmas", "use_exponential_sigmas"}
-        fixed |= {"use_beta_sigmas", "use_lu_lambdas"}
-    wrong = ", ".join(sorted(set(args.sampler_options) - (takes - fixed)))
-    need(not wrong, f"--sampler-config cannot set {wrong} of {args.sampler} (tau: --sampler-noise)")
     model = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
     if not flow:
         rest = dict(clip_sample=False, set_alpha_to_one=False, steps_offset=1)
         model = diffusers.DDIMScheduler(1000, 0.00085, 0.012, "scaled_linear", **rest)
-    what = f"--sampler {args.sampler}, --steps {args.steps}, --sampler-config {args.sampler_config}"
+    what = f"--sampler {args.sampler} --steps {args.steps}"
     generators = [common.generator("trial", n) for n in range(2)]
     try:
         scheduler = make_scheduler(args, model)

@@ -542,15 +542,14 @@ def flow_grid(scheduler, steps: int, kernel: str, level: float) -> Grid:
     return Grid("flow", kernel, timestep, t, dt, *levels, x_coef, o_coef, sigma, torch.ones_like(t), -t)
 
 
-def pcpo_weights(grid: Grid, steps: list[int], kind: str, zeta: float | None = None) -> torch.Tensor:
+def pcpo_weights(grid: Grid, steps: list[int], kind: str) -> torch.Tensor:
     """PCPO's w~_t (T,), float64 and signed as grid.w, in place of the sensitivities w_t of the trained `steps`.
 
-    kind "zeta": zeta dt, by default with zeta = sum w / sum dt, which keeps the sum; else the mean of the native w.
+    kind "zeta": zeta dt with zeta = sum w / sum dt, which keeps the sum; else the mean of the native w.
     """
     w = grid.w[steps].abs()
     if kind == "zeta":
-        zeta = w.sum() / grid.dt[steps].sum() if zeta is None else zeta
-        return -zeta * grid.dt
+        return -w.sum() / grid.dt[steps].sum() * grid.dt
     return -w.mean().expand(grid.steps)
 
 

@@ -146,7 +146,6 @@ def parse_args(argv=None):
     flag("--backward-coef", 0.0, "float >= 0", "residual-db: backward term (paper: 1; RSM: unstable)")
     flag("--replay-size", 0, "int >= 0", "trains on a buffer's trajectories (SQDF: 1024 aesthetic, 4096 HPS)")
     flag("--tiny-vae", "", "text", "an AutoencoderTiny for the gradient (RSM, flow)", metavar="PATH")
-    flag("--checkpoint-decoder", False, "yes/no", "recompute its activations: less memory")
     harness.add_args(parser)
     parser.set_defaults(num_prompts=64, group_size=1, updates_per_epoch=1)
     return harness.parse(parser, PRESETS, argv, rewards, check, sizes)
@@ -385,7 +384,7 @@ class RewardGradient:
             tiny = AutoencoderTiny.from_pretrained(args.tiny_vae)
             tiny.to(policy.device, torch.float32).eval().requires_grad_(False)
             self.decode = lambda x0: (tiny.decode(x0).sample / 2 + 0.5).clamp(0, 1)
-        if args.checkpoint_decoder:
+        if args.gradient_checkpointing:
             self.decode = partial(checkpoint, self.decode, use_reentrant=False)
         if args.lookahead_model:
             part, load = policy.backbone.part, type(policy.net).from_pretrained

@@ -162,7 +162,6 @@ def parse_args(argv=None):
     flag("--shared-blocks", 0, "int >= 0", "N: one x_T in each N-th of an epoch (PCPO: 2); 0 = off")
     weights = ["auto", "none", "zeta", "public", "loss-only"]
     flag("--pcpo-weights", "auto", weights, "pcpo: w~_t (RSM Eq. 109); auto = zeta (flow) or public")
-    flag("--pcpo-zeta", None, "float > 0", "pcpo: zeta (public code: 4.3152; default: the grid's)")
     flag("--pcpo-w", 4.5, "float > 0", "pcpo: W of the sampler's sigma~ (public code: 4.5)")
     harness.add_args(parser)
     parser.set_defaults(num_prompts=16, group_size=8)
@@ -416,7 +415,7 @@ def stochastic_grid(native: common.Grid, args) -> common.Grid:
 def pcpo_table(native: common.Grid, steps: list[int], args) -> torch.Tensor:
     """w~_t (T,) of the native grid, also where PCPO's own sampler runs, whose true w_t vary."""
     over = list(range(native.steps)) if args.pcpo_weights == "public" else steps  # ref-code: all
-    return common.pcpo_weights(native, over, args.pcpo_weights, args.pcpo_zeta)
+    return common.pcpo_weights(native, over, args.pcpo_weights)
 
 
 def policy_loss(grid, rows, o, moved, log_ratio, adv, w_pcpo, args):

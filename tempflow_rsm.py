@@ -113,6 +113,7 @@ PRESETS = {
     "tiny": TINY | dict(model="tiny-sd35", lr=4e-4, epochs=200),
     "tiny-sd15": TINY | dict(model="tiny-sd15", lr=1e-3, epochs=120),
 }  # fmt: skip
+TEMPFLOW = 2.25  # 1 / mean sigma_t of SD3.5's 10 steps, TempFlow's and RSM's constant
 METRICS = harness.Metrics(
     means=[
         "loss/total", "loss/policy", "loss/kl", "loss/anchor", "kl/ref",
@@ -143,7 +144,6 @@ def parse_args(argv=None):
     flag("--loss", "ppo", ["ppo", "hinge", "rsm"], "clipped ratio (TempFlow), RSM Eq. 104, Eq. 10 itself")
     methods = ["none", "tempflow", "pcpo", "guard"]
     flag("--reweight", "tempflow", methods, "gamma(t): 1, 2.25 sigma_t, w~_t / w_t, sigma_t / dt (RSM Table 1)")
-    flag("--tempflow-scale", 2.25, "float > 0", "1 / mean sigma_t (TempFlow: 2.25 on SD3.5's 10 steps)")
     flag("--pcpo-w", 4.5, "float >= 0", "SD1.5: W of PCPO's sampler (public code: 4.5); 0 = native sampler")
     fair = ["none", "sigma2", "guard"]
     flag("--fair-clip", "none", fair, "xi / sigma_t^2 for xi (RSM Eq. 24); guard: and weight sigma_t / dt")
@@ -173,13 +173,13 @@ def hinge_loss(adv, log_ratio, clip_range) -> torch.Tensor:
     return (clip_range * adv.abs() - adv * log_ratio).clamp(min=0)
 
 
-def temporal_weights(reweight: str, fair_clip: str, adv, sigma, dt, pcpo, scale: float):
+def temporal_weights(reweight: str, fair_clip: str, adv, sigma, dt, pcpo):
     """gamma(t) and beta C2 of Eq. 10, each (R,), that a method amounts to.  RSM's Table 1.
 
     adv is A, for PPO's gradient A ratio;  pcpo = w~_t / w_t.
     """
     if reweight == "tempflow":
-        gamma, c2 = scale * sigma, scale * sigma * adv
+        gamma, c2 = TEMPFLOW * sigma, TEMPFLOW * sigma * adv
     elif reweight == "pcpo":
         gamma, c2 = pcpo, pcpo**2 * adv
     elif reweight == "guard":  # its ratio lacks -|moved|^2 / 2, the pull to the old policy
@@ -204,7 +204,7 @@ def influence(grid: common.Grid, w_loss, args) -> torch.Tensor:
     """h_t (T,) up to a constant: the weight of the value's gradient in that of o.  RSM Eq. 23."""
     one, pcpo = torch.ones_like(grid.sigma), w_loss / grid.w
     rule = args.reweight, args.fair_clip
-    gamma, _ = temporal_weights(*rule, one, grid.sigma, grid.dt, pcpo, args.tempflow_scale)
+    gamma, _ = temporal_weights(*rule, one, grid.sigma, grid.dt, pcpo)
     return gamma * grid.o_coef.abs()
 
 
@@ -590,7 +590,7 @@ def policy_loss(grid, rows: Rows, i, moved, args):
     log_ratio = common.log_ratio(moved, rows.z, args.logprob_reduce)
     if args.reweight == "guard":
         log_ratio = common.reduce_latent(moved * rows.z, args.logprob_reduce) * sigma
-    weight = args.tempflow_scale * sigma if args.reweight == "tempflow" else torch.ones_like(sigma)
+    weight = TEMPFLOW * sigma if args.reweight == "tempflow" else torch.ones_like(sigma)
     # ref-code: TempFlow's weight is outside PPO's clip, inside the hinge (there without fair clip)
     inside = args.loss != "ppo" and args.fair_clip == "none"
     log_ratio = log_ratio * weight if inside else log_ratio
@@ -605,8 +605,8 @@ def policy_loss(grid, rows: Rows, i, moved, args):
 def eq_10(grid, rows: Rows, i, drift, moved, loss, w_loss, args) -> torch.Tensor:
     """--loss rsm of R rows, (R,), KL included; open are the rows in which the hinge is not 0."""
     sigma, dt, pcpo = (v[i].to(drift) for v in (grid.sigma, grid.dt, w_loss / grid.w))
-    scale, beta = args.tempflow_scale, args.beta
-    gamma, c2 = temporal_weights(args.reweight, args.fair_clip, rows.adv, sigma, dt, pcpo, scale)
+    beta = args.beta
+    gamma, c2 = temporal_weights(args.reweight, args.fair_clip, rows.adv, sigma, dt, pcpo)
     each = rsm_loss(rows.adv, drift, moved, rows.z, gamma, c2 / beta, beta, loss.detach() > 0)
     return common.reduce_latent(each, args.logprob_reduce)
 

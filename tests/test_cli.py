@@ -166,11 +166,11 @@ WRONG_AWM = [
     ("--train-timesteps 0", "--train-timesteps"), ("--adv-scale 0", "--adv-scale"), ("--nft-beta 0", "--nft-beta"),
     ("--huber-power 0", "--huber-power"), ("--lag-coef -1", "--lag-coef"), ("--clip-range -1", "--clip-range"),
     ("--clip-range nan", "--clip-range"), ("--lag-coef nan", "--lag-coef"), ("--lag-decay-max 1", "--lag-decay-max"),
-    ("--t-min 0", "--t-min"), ("--model tiny-sd15 --kl-weight elbo", "elbo"), ("--timestep-grid 1", "--timestep-grid"),
-    ("--timestep-grid 2 --train-fraction 0.4", "--timestep-grid"),
+    ("--t-min 0", "--t-min"), ("--model tiny-sd15 --kl-weight elbo", "elbo"),
+    ("--steps 2 --train-fraction 0.5 --skip-first", "leaves no step"),
     ("--skip-first --train-fraction 0.4", "--skip-first"),
-    ("--model tiny-sd15 --timestep-grid 2000", "--timestep-grid"), ("--sampler nonsense", "nonsense"),
-    ("--sampler DDIMScheduler", "DDIMScheduler"), ("--sampler-config {", "--sampler-config"),
+    ("--sampler nonsense", "nonsense"),
+    ("--sampler DDIMScheduler", "DDIMScheduler"),
     ("--weight snr", "uniform"), ("--adv-norm rloo --group-size 1 --num-prompts 4", "raw"),
     ("--sampler ode --shared-noise", "--shared-noise"),  # the images of a group would all be the same
 ]  # fmt: skip

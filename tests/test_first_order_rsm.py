@@ -411,7 +411,7 @@ def test_nothing_of_the_guidance_stays_behind(world, denoiser):
 
 def test_checkpointed_decoder_gives_the_same_gradients(world):
     for guidance in ("terminal", "lookahead"):
-        plain, again = (world.guidance(guidance=guidance, checkpoint_decoder=c) for c in (False, True))
+        plain, again = (world.guidance(guidance=guidance, gradient_checkpointing=c) for c in (False, True))
         torch.testing.assert_close(plain, again, rtol=1e-4, atol=1e-6 * plain.abs().max().item())
 
 
@@ -443,7 +443,7 @@ def test_tiny_vae_decodes_for_the_gradient(world, tmp_path):
     wide = copy.deepcopy(tiny).double()
     for n in range(3):
         same(g[n, 2], world.truth(n, 2, "terminal", tiny=wide))
-    checked = world.guidance(guidance="terminal", tiny_vae=str(tmp_path), checkpoint_decoder=True)
+    checked = world.guidance(guidance="terminal", tiny_vae=str(tmp_path), gradient_checkpointing=True)
     torch.testing.assert_close(g, checked, rtol=1e-4, atol=1e-6 * g.abs().max().item())
 
 
@@ -1118,7 +1118,7 @@ VARIANTS = [
     ("flow", "--guidance lookahead --jacobian --temporal constant --denoiser reference"),
     ("flow", "--value-net --value-terminal 0 --train-fraction 1 --temporal alpha-bar --detach-uncond --cfg 2"),
     ("flow", "--method residual-db --kernel dance --temporal sigma --no-jacobian --inner-epochs 2"),
-    ("flow", "--method sqdf --kernel ancestral --checkpoint-decoder --gradient-checkpointing --ema-decay 0.9"),
+    ("flow", "--method sqdf --kernel ancestral --gradient-checkpointing --ema-decay 0.9"),
     ("flow", "--method residual-db --residual-scale sigma --flow-net --gradient-checkpointing --denoiser policy"),
     ("flow", "--temporal gamma-discount --gamma 1 --shared-noise --group-size 2 --dtype bfloat16 --step-every 2"),
     ("eps", "--method sqdf --guidance terminal --temporal quad --logprob-reduce sum --offload-text-encoders"),

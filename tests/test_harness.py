@@ -176,6 +176,23 @@ def test_a_reward_failing_in_an_evaluation_keeps_the_policys_own_weights(recorde
     assert [row["epoch"] for row in recorder.made.logger.rows()] == [0, 1]
 
 
+@pytest.mark.parametrize("dtype, usual", [(torch.float32, 1e-4), (torch.float16, 3e-4), (torch.bfloat16, 3e-3)])
+def test_the_start_check_allows_for_the_networks_rounding(recorder, dtype, usual):
+    """A log ratio of 8e-4 at the start stops a float16 run, which rounding does not explain, not a bfloat16 one."""
+    recorder.run.dtype, recorder.args.ratio_tolerance = dtype, None
+    stats = recorder.made.stats(0)
+    assert stats.tolerance == usual
+    stats.tops["ratio/start_deviation"] = 0.0
+    moved, z = torch.full((1, 4), 8e-4), torch.ones(1, 4)
+    if dtype == torch.bfloat16:
+        stats.check_start(moved, z)
+    else:
+        with pytest.raises(SystemExit, match="--ratio-tolerance"):
+            stats.check_start(moved, z)
+    recorder.args.ratio_tolerance = 0.5
+    assert recorder.made.stats(0).tolerance == 0.5
+
+
 def test_a_failing_reward_before_the_first_epoch_leaves_no_checkpoint(recorder, monkeypatch):
     def held_out(*a):
         raise Failure("no server")

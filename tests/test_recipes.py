@@ -193,6 +193,20 @@ def test_preset_is_the_recipe(name, preset):
     assert set(entry["source"]) & {"repository", "paper"}
 
 
+def test_a_preset_is_run_small_and_what_is_not_finite_is_no_evidence(tmp_path, monkeypatch):
+    found = recipes.run(grpo, "flowgrpo-fast", tmp_path)
+    assert found["model"].startswith("sd3.5-medium") and "--resolution 64" in found["flags"]
+    real = common.Optimiser.step
+    monkeypatch.setattr(common.Optimiser, "step", lambda self: [float("nan") for _ in real(self)])
+    with pytest.raises(AssertionError):
+        recipes.run(grpo, "flowgrpo-fast", tmp_path)
+
+
+def test_evidence_is_of_presets_that_exist():
+    runs = json.loads(recipes.RUNS.read_text())
+    assert {(name, preset) for name in runs for preset in runs[name]} <= set(PRESETS)
+
+
 def test_every_recipe_belongs_to_a_preset():
     assert {(name, preset) for name in GOLDEN for preset in GOLDEN[name]} == set(PRESETS)
 

@@ -538,7 +538,6 @@ WRONG = [
     ("--model tiny-sd15 --kl heuristic", "heuristic"),
     ("--clip-range 0", "above 0"),
     ("--adv-clip 0", "above 0"),
-    ("--tempflow-scale 0", "above 0"),
     ("--pcpo-w -1", "negative"),
     ("--anchor-beta -1", "negative"),
     ("--anchor-beta 0.1 --anchor-max-ratio -0.5", "--anchor-max-ratio"),
@@ -850,7 +849,7 @@ TAPES = {  # name: flags
     "ppo tempflow": "",
     "ppo none": "--reweight none --cfg 2 --logprob-reduce sum --clip-range 0.1",
     "ppo guard": "--reweight guard",
-    "hinge tempflow": "--loss hinge --grouping prompt --profile 1,3,2 --tempflow-scale 3",
+    "hinge tempflow": "--loss hinge --grouping prompt --profile 1,3,2",
     "hinge pcpo": "--loss hinge --reweight pcpo",
     "ppo fair": "--fair-clip sigma2 --clip-range 2.3e-4",
     "hinge guard": "--loss hinge --reweight guard --kl none --clip-range 1e-4",
@@ -1060,7 +1059,7 @@ def test_gradients_of_the_trainer_are_those_of_the_printed_loss(tape, name):
                 adv, equal = advs[i][0][p], out[i][p]
                 many = [v.expand(count, -1, -1, -1) for v in (o, o_old)]
                 step, xi = torch.full((count,), i), args.clip_range
-                shared = (k, xi, args.logprob_reduce, weight, args.tempflow_scale)
+                shared = (k, xi, args.logprob_reduce, weight, tempflow.TEMPFLOW)
                 value, is_open, _ = printed(
                     method, args.reweight, args.fair_clip, adv, *many, level.z[p].double(), step, *shared
                 )

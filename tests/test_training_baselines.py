@@ -319,7 +319,7 @@ class Oracle:
                 over = range(args.steps) if args.pcpo_weights == "public" else trained  # the public constant
                 w = sum(self.weight(j) for j in over) / len(over)
                 if args.pcpo_weights == "zeta":
-                    zeta = args.pcpo_zeta or sum(map(self.weight, trained)) / sum(self.steps[j][2] for j in trained)
+                    zeta = sum(map(self.weight, trained)) / sum(self.steps[j][2] for j in trained)
                     w = zeta * dt
                 do = o - o_old
                 lam = -self.reduce(0.5 * w**2 * do**2 - w * do * z * (-1))  # -(w^2 do^2 / 2 + w do.z)
@@ -379,7 +379,7 @@ GRPO_BOTH = [
 GRPO_FLOW = [
     TWO + "--kl mean-nodt --kl-anchor ref --beta 4 --kernel dance --noise-level 0.4 --adv-norm global",
     TWO + "--kl mean-nodt --kl-anchor old --beta 4 --kernel cps --sde-window 2 --sde-window-mode fixed",
-    TWO + "--loss pcpo --pcpo-zeta 4.3152 --kl none --cfg 2",
+    TWO + "--loss pcpo --kl none --cfg 2",
 ]
 
 
@@ -528,7 +528,7 @@ AWM_BOTH = [
     "--weight huber --offpolicy none --lag-coef 2 --lag-decay-slope 0.2 --beta 0 --skip-first --adv-scale 5"
     " --adv-clip 1 --epochs 3 --sampler SASolverScheduler",
     "--weight ghuber --huber-power 0.3 --lag-coef 0.5 --ratio exp-each --clip-range 1"
-    " --sampler UniPCMultistepScheduler --train-timesteps 3 --timestep-grid 7 --updates-per-epoch 3 --adv-norm global",
+    " --sampler UniPCMultistepScheduler --train-timesteps 3 --updates-per-epoch 3 --adv-norm global",
     "--objective nft --offpolicy lagged --updates-per-epoch 2 --nft-beta 0.5 --beta 0.1"
     " --lag-decay-slope 0.3 --adv-clip 2 --epochs 2",
     "--objective nft --offpolicy lagged --nft-space native --lag-decay-slope 0.9"
