@@ -50,7 +50,7 @@ def parsed(script, preset: str) -> dict:
     nothing = lambda *a, **k: None  # noqa: E731
     prompts = [common.Prompt(n, "a") for n in range(1000)]
     with (
-        mock.patch.object(harness, "load_prompts", lambda paths: prompts),
+        mock.patch.object(harness, "load_prompts", lambda *a: prompts),
         mock.patch.object(harness, "check_model", nothing),
         mock.patch.object(harness, "require_hub", nothing),
         mock.patch.object(script.rewards, "check_args", nothing),
