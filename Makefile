@@ -3,7 +3,7 @@
 # Each works alone on a machine with Python 3.10 or newer and pip.
 PYTHON ?= python3
 METHOD ?= vmpo
-PRESET ?= tiny-sd15
+PRESET ?= $(if $(filter awm,$(METHOD)),tiny-sd15-release,tiny-sd15)
 BIN = .venv/bin
 export OMP_WAIT_POLICY ?= PASSIVE
 
