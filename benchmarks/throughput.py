@@ -195,6 +195,7 @@ def main():
     found = {"model": args.label or args.model, "script": script, "flags": args.flags} | machine()
     found |= measure(script, flags, args.repeat)
     keys = ("model", "script", "flags", "device")
+    results = json.loads(args.out.read_text()) if args.out.exists() else []  # again: another may have written
     results = [r for r in results if any(r[k] != found[k] for k in keys)] + [found]
     args.out.parent.mkdir(parents=True, exist_ok=True)
     harness.write_json(args.out, results)
