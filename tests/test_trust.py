@@ -353,7 +353,9 @@ def test_numbers_change_only_with_the_flag_for_it_and_are_on_record(run, capsys)
 # ---- disk and signals ---------------------------------------------------------------------------------------------
 def test_only_the_newest_checkpoints_and_the_best_are_kept(tmp_path, monkeypatch):
     score = iter([0.1, 0.2, 0.9, 0.3, 0.4, 0.5, 0.6])
-    monkeypatch.setattr(harness, "score_held_out", lambda *a: {"reward": torch.full((4,), next(score))})
+    monkeypatch.setattr(
+        harness, "score_held_out", lambda *a: ({"reward": torch.full((4,), next(score))}, torch.zeros(4, 3, 8, 8))
+    )
     run = train(tmp_path, "run", "--epochs", 6, "--eval-every", 1, "--keep", 2, "--eval-rewards", "")
     kept = sorted(p.name for p in (run / "checkpoints").iterdir())
     assert kept == ["epoch_0002", "epoch_0005", "epoch_0006", "last"]  # the held-out reward was .9 after epoch 2
