@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+
 from torture import report
 from torture.trials import ROOT, SCRIPTS
 
@@ -54,14 +55,15 @@ def test_one_two_and_three_processes_are_one_run(name, tmp_path):
         assert done.returncode == 0, done.stderr[-3000:]
         found[count] = rows(folder)
     worst = max(furthest(found[1], found[count]) for count in (2, 3))
-    report.add(f"{name}: 1 = 2 = 3 processes (largest relative difference {worst[0]:.1e}, {worst[1]})", 2, worst[0] > 5e-4)
+    far = f"largest relative difference {worst[0]:.1e}, {worst[1]}"
+    report.add(f"{name}: 1 = 2 = 3 processes ({far})", 2, worst[0] > 5e-4)
     assert worst[0] < 5e-4, worst
 
 
 def test_two_nodes(tmp_path):
     """Two agents on this machine, as two machines would start them."""
-    where = ["--nnodes=2", "--nproc-per-node=1", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:29511", "--rdzv-id=x"]
-    command = [*TORCHRUN, *where, *flags("vmpo", tmp_path / "two")]
+    where = "--nnodes=2 --nproc-per-node=1 --rdzv-backend=c10d --rdzv-endpoint=localhost:29511 --rdzv-id=x"
+    command = [*TORCHRUN, *where.split(), *flags("vmpo", tmp_path / "two")]
     other = subprocess.Popen(command, cwd=ROOT, env=ENV, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     done = call(command)
     assert done.returncode == 0 and other.wait(60) == 0, done.stderr[-3000:]
@@ -73,8 +75,9 @@ def test_two_nodes(tmp_path):
 
 def test_accelerate_starts_the_processes_too(tmp_path):
     """As on GPUs: through torchrun's environment.  (accelerate launch --cpu starts one process, or needs MPI.)"""
-    start = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes=2", "--num_machines=1"]
-    done = call([*start, "--mixed_precision=no", "--dynamo_backend=no", *flags("vmpo", tmp_path / "two")])
+    more = "--multi_gpu --num_processes=2 --num_machines=1 --mixed_precision=no --dynamo_backend=no"
+    start = [sys.executable, "-m", "accelerate.commands.launch", *more.split()]
+    done = call([*start, *flags("vmpo", tmp_path / "two")])
     assert done.returncode == 0 and "processes 2" in done.stdout, done.stderr[-3000:]
     assert call([sys.executable, *flags("vmpo", tmp_path / "one")]).returncode == 0
     worst = furthest(rows(tmp_path / "one"), rows(tmp_path / "two"))
@@ -91,8 +94,8 @@ def test_a_rank_that_dies(tmp_path, restarts):
     """The others end within 30 s with a sentence; with restarts and --resume-or-start the run goes on by itself."""
     run = tmp_path / "run"
     more = ["--epochs", "40"] if not restarts else ["--epochs", "12"]
-    command = [*TORCHRUN, "--standalone", "--nproc-per-node=2", f"--max-restarts={restarts}", "vmpo.py", *SIZES.split()]
-    command += [*OWN["vmpo"].split(), *more, "--eval-every", "0", "--resume-or-start", str(run)]
+    command = [*TORCHRUN, "--standalone", "--nproc-per-node=2", f"--max-restarts={restarts}", "vmpo.py"]
+    command += [*SIZES.split(), *OWN["vmpo"].split(), *more, "--eval-every", "0", "--resume-or-start", str(run)]
     job = subprocess.Popen(command, cwd=ROOT, env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     while not (run / "checkpoints" / "epoch_0003").exists() and job.poll() is None:
         time.sleep(0.05)
@@ -100,7 +103,7 @@ def test_a_rank_that_dies(tmp_path, restarts):
     begin = time.time()
     _, err = job.communicate(timeout=600)
     if restarts:
-        assert job.returncode == 0, err[-3000:]
+        assert job.returncode == 0, err[:6000]
         assert call([sys.executable, *flags("vmpo", tmp_path / "whole", *more, "--eval-every", "0")]).returncode == 0
         with (run / "metrics.csv").open(newline="") as f:
             worst = furthest(rows(tmp_path / "whole"), list(csv.DictReader(f)))
