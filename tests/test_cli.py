@@ -12,8 +12,12 @@ from pathlib import Path
 import pytest
 
 import awm
+import eval as evaluation
+import export
+import first_order_rsm
 import grpo
 import harness
+import tempflow_rsm
 import vmpo
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -252,12 +256,20 @@ def test_fork_runs_in_another_folder(tmp_path):
     assert list((tmp_path / "runs").glob("vmpo_*/before_after.png"))
 
 
+TRAINERS = {script.__name__: script for script in (*SCRIPTS, tempflow_rsm, first_order_rsm)}
+
+
+def documented(names):
+    """(script, flags) of the commands in README, docs and docstrings."""
+    pages = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+    text = "\n".join(page.read_text() for page in pages if page.exists())
+    text += "\n".join(script.__doc__.replace("Run:  ", "") for script in TRAINERS.values())
+    start = r"python|torchrun (?:--\S+ +\S+ +)+|accelerate launch (?:--\S+ +)+"
+    return sorted(set(re.findall(rf"^ *(?:{start}) *({'|'.join(names)})\.py (.*?)(?:\s+#.*)?$", text, re.M)))
+
+
 def readme_commands():
-    text = "\n".join(f.read_text() for f in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))])
-    text += "\n".join(script.__doc__.replace("Run:  ", "") for script in SCRIPTS)
-    names = "|".join(script.__name__ for script in SCRIPTS)
-    lines = re.findall(rf"^ *(?:python|torchrun --nproc-per-node 8) ({names})\.py (.*?)(?:\s+#.*)?$", text, re.M)
-    return sorted({line for line in lines if "runs/NAME" not in line[1]})
+    return [line for line in documented(TRAINERS) if not re.search(r"runs/NAME|OUT|\.\.\.|--help", line[1])]
 
 
 UNSHIPPED = {"sd15-imagereward": "drawbench.txt", "geneval": "geneval_train.jsonl", "pickscore": "pickscore_train.txt",
@@ -279,11 +291,27 @@ def parsed(script, flags, monkeypatch, folder=ROOT):
 
 @pytest.mark.parametrize("name, flags", readme_commands())
 def test_commands_in_the_documentation_parse(name, flags, monkeypatch, capsys, tmp_path):
-    script, flags = {s.__name__: s for s in SCRIPTS}[name], flags.split()
+    flags = flags.split()
     if "--preset" in flags and "--prompts" not in flags and unshipped(flags[flags.index("--preset") + 1]):
         flags += ["--prompts", "prompts/ocr_test.txt", "--eval-prompts", ""]
     (tmp_path / "mine.jsonl").write_text('{"prompt": "a file of the reader"}\n')
-    assert parsed(script, flags, monkeypatch, tmp_path) == 0, capsys.readouterr().err
+    (tmp_path / "mine.txt").write_text("a file of the reader\n")
+    (tmp_path / "my_sd15").symlink_to(ROOT / "tiny" / "sd15")
+    assert parsed(TRAINERS[name], flags, monkeypatch, tmp_path) == 0, capsys.readouterr().err
+
+
+def test_flags_in_the_documentation_exist(monkeypatch, capsys):
+    known = {
+        name: {f for a in parser_of(s, monkeypatch)._actions for f in a.option_strings} for name, s in TRAINERS.items()
+    }
+    for script, name in ((evaluation, "eval"), (export, "export")):
+        with pytest.raises(SystemExit):
+            (script.parse_args if name == "eval" else script.main)(["--help"])
+        known[name] = set(re.findall(r"--[a-z0-9-]+", capsys.readouterr().out))
+    commands = documented(known)
+    assert {name for name, _ in commands} == set(known)
+    for name, flags in commands:
+        assert not set(re.findall(r"(?<!\S)--[a-z0-9-]+", flags)) - known[name], (name, flags)
 
 
 PRESETS = [(script, preset) for script in SCRIPTS for preset in script.PRESETS]

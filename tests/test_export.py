@@ -1,6 +1,7 @@
 """export.py: what each format holds, loaded by plain diffusers or peft, draws the images of the run's own file."""
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -112,3 +113,36 @@ def test_bad_input_is_one_sentence(tmp_path, capsys, wrong):
     message = capsys.readouterr().err
     words = {"nothing here": "neither a run folder", "no record": "no args.json", "taken": "is there already"}
     assert stop.value.code == 2 and message.count("\n") == 1 and words[wrong] in message
+
+
+def test_the_block_of_docs_use(run, tmp_path, monkeypatch):
+    """As printed, on the embedded model: two adapters with weights, switched off, fused, saved."""
+    model, folder = run
+    if model != "tiny-sd15":
+        pytest.skip("the page's block is for SD1.5")
+    page = (ROOT / "docs" / "use.md").read_text()
+    block = re.search(r"^```python\n(import torch\n.*?)^```", page, re.M | re.S)[1]
+    head, middle, end = re.split(r"image = .*\n|pipe.disable_lora.*\npipe.enable_lora.*\n", block)
+    head = head.replace("stable-diffusion-v1-5/stable-diffusion-v1-5", str(ROOT / "tiny" / "sd15"))
+    head = head.replace("float16", "float32").replace("pipe.to", "# ")
+    for name, factor in (("NAME", 1.0), ("OTHER", -0.5)):
+        weights = {k: factor * v if "lora_B" in k else v for k, v in load_file(folder / OWN).items()}
+        (tmp_path / "runs" / name / OWN).parent.mkdir(parents=True)
+        save_file(weights, tmp_path / "runs" / name / OWN, {"format": "pt"})
+    monkeypatch.chdir(tmp_path)
+    scope = {}
+    exec(head, scope)  # noqa: S102
+    pipe = scope["pipe"]
+    pipe.set_progress_bar_config(disable=True)
+    both = images(pipe)
+    pipe.disable_lora()
+    assert torch.allclose(images(pipe), images(plain(model)), atol=1e-5)
+    pipe.enable_lora()
+    exec(middle + end, scope)  # noqa: S102
+    merged = PIPES[model].from_pretrained(tmp_path / "merged")
+    merged.set_progress_bar_config(disable=True)
+    assert torch.allclose(images(merged), both, atol=1e-5)
+    one = plain(model)  # 0.7 of the one and 0.5 of -0.5 times it: 0.45
+    one.load_lora_weights(str(folder / "checkpoints" / "last"), adapter_name="a")
+    one.set_adapters("a", adapter_weights=0.45)
+    assert torch.allclose(images(one), both, atol=1e-5)
