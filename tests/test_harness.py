@@ -11,6 +11,7 @@ from PIL import Image
 from test_common import adam, make_run, numbered
 from torch import nn
 
+import arguments
 import checkpoints
 import common
 import harness
@@ -475,7 +476,7 @@ def test_runs_folder_must_be_writable(capsys, tmp_path):
 
 def check_only(monkeypatch, *flags):
     """parse_args without the model and the reward."""
-    monkeypatch.setattr(harness, "check_model", lambda args: None)
+    monkeypatch.setattr(arguments, "check_model", lambda args: None)
     monkeypatch.setattr(vmpo.rewards, "check", lambda *a: None)
     return vmpo.parse_args([*map(str, flags)])
 

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import arguments
 import common
 import harness
 
@@ -144,7 +145,7 @@ def test_dry_run_estimates_the_activations(capsys):
             vmpo.parse_args(["--model", "sd15", "--dry-run", *more.split()])
         line = next(x for x in capsys.readouterr().out.splitlines() if x.startswith("memory for its activations"))
         found.append([float(word) for word in line.split() if "." in word])
-    usual = [8 * 2 * each for each in harness.ACTIVATIONS["sd15"]]  # micro-batches of 8, two branches
+    usual = [8 * 2 * each for each in arguments.ACTIVATIONS["sd15"]]  # micro-batches of 8, two branches
     for factor, pair in zip((1, 2, 0.5, 4, 2), found):
         assert pair == pytest.approx([factor * each for each in usual], abs=0.06)
 

@@ -24,6 +24,7 @@ import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from torch.distributions import Normal, kl_divergence
 
+import arguments
 import common
 import grpo
 import harness
@@ -454,7 +455,7 @@ def test_presets_have_the_papers_sizes(preset, capsys):
 
 
 def test_sd15_presets_are_sd15(capsys, monkeypatch):
-    monkeypatch.setattr(harness, "check_model", lambda args: None)  # the weights need not be here
+    monkeypatch.setattr(arguments, "check_model", lambda args: None)  # the weights need not be here
     monkeypatch.setattr(rewards, "check_args", lambda args: None)
     for preset, images in (("pcpo-sd15-hpsv2", "128 = 8 prompts x 16"), ("rsm-sd15-hpsv2", "8 = 8 prompts x 1")):
         lines = dry_run(f"--preset {preset}", capsys)  # their prompts are in the repository
