@@ -242,18 +242,6 @@ class RunningStats:
         self.last = dict(state)
 
 
-def influence(grid: common.Grid, w_pcpo, args) -> torch.Tensor:
-    """h_t (T,) up to a constant: the weight of the value's gradient in that of o.  RSM Eq. 23.
-
-    That of A z in o's gradient is gamma w, and A z estimates sigma times the value's gradient.
-    """
-    if args.loss == "guard":
-        return grid.o_coef.abs() * grid.sigma / grid.dt
-    if args.loss == "pcpo" and args.pcpo_weights != "none":
-        return w_pcpo.abs() * grid.sigma
-    return grid.o_coef.abs()
-
-
 def mixed_grid(sde: common.Grid, ode: common.Grid, steps: list[int]) -> common.Grid:
     """The SDE's Gaussians at `steps`, the ODE's steps elsewhere.  Fast, MixGRPO."""
     inside = torch.zeros(sde.steps, dtype=torch.bool)
@@ -393,6 +381,18 @@ def main(args):
 
 
 # ---- pieces that need the networks or the flags ------------------------------
+def influence(grid: common.Grid, w_pcpo, args) -> torch.Tensor:
+    """h_t (T,) up to a constant: the weight of the value's gradient in that of o.  RSM Eq. 23.
+
+    That of A z in o's gradient is gamma w, and A z estimates sigma times the value's gradient.
+    """
+    if args.loss == "guard":
+        return grid.o_coef.abs() * grid.sigma / grid.dt
+    if args.loss == "pcpo" and args.pcpo_weights != "none":
+        return w_pcpo.abs() * grid.sigma
+    return grid.o_coef.abs()
+
+
 def needs_reference(args) -> bool:
     """Whether the rollout asks the pretrained model, too: one more pass per trained step."""
     return args.kl == "implicit" or args.kl != "none" and args.kl_anchor == "ref"

@@ -200,14 +200,6 @@ def rsm_loss(adv, drift, moved, z, gamma, c2, beta: float, open_row) -> torch.Te
     return beta / 2 * (drift - keep * g * a * z / beta) ** 2 + beta / 2 * keep * c * moved**2
 
 
-def influence(grid: common.Grid, w_loss, args) -> torch.Tensor:
-    """h_t (T,) up to a constant: the weight of the value's gradient in that of o.  RSM Eq. 23."""
-    one, pcpo = torch.ones_like(grid.sigma), w_loss / grid.w
-    rule = args.reweight, args.fair_clip
-    gamma, _ = temporal_weights(*rule, one, grid.sigma, grid.dt, pcpo)
-    return gamma * grid.o_coef.abs()
-
-
 @dataclass
 class Level:
     """What the rollout keeps of step i: P states with B children each; B = 0 for anchors."""
@@ -402,6 +394,14 @@ def main(args):
 
 
 # ---- pieces that need the networks or the flags ------------------------------
+def influence(grid: common.Grid, w_loss, args) -> torch.Tensor:
+    """h_t (T,) up to a constant: the weight of the value's gradient in that of o.  RSM Eq. 23."""
+    one, pcpo = torch.ones_like(grid.sigma), w_loss / grid.w
+    rule = args.reweight, args.fair_clip
+    gamma, _ = temporal_weights(*rule, one, grid.sigma, grid.dt, pcpo)
+    return gamma * grid.o_coef.abs()
+
+
 def stochastic_grid(native: common.Grid, args) -> common.Grid:
     """The sampler of the stochastic steps: for PCPO on SD1.5 its own, unless --pcpo-w is 0."""
     public = args.reweight == "pcpo" and args.kind == "eps" and args.pcpo_w
