@@ -326,3 +326,22 @@ def test_presets_parse_and_name_the_prompt_file_that_cannot_be_shipped(script, p
     assert code == 2 and unshipped(preset) in capsys.readouterr().err
     flags = ["--preset", preset, "--prompts", "prompts/ocr_test.txt", "--eval-prompts", ""]
     assert parsed(script, flags, monkeypatch) == 0
+
+
+def anchors(page):
+    """The anchors that GitHub makes of a page's headings."""
+    heads = re.findall(r"^#+ (.*)$", re.sub(r"```.*?```", "", page, flags=re.S), re.M)
+    plain = [re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", head).lower() for head in heads]
+    return {re.sub(r"[^\w\- ]", "", head).strip().replace(" ", "-") for head in plain}
+
+
+def test_links_in_the_documentation_lead_somewhere():
+    for page in [*ROOT.glob("*.md"), *ROOT.glob("*/*.md")]:
+        text = re.sub(r"```.*?```", "", page.read_text(), flags=re.S)
+        for link in re.findall(r"\]\(([^)\s]+)\)", text):
+            place, _, anchor = link.partition("#")
+            if place.startswith(("http", "mailto")):
+                continue
+            target = page.parent / place if place else page
+            assert target.exists(), (page.name, link)
+            assert not anchor or target.suffix != ".md" or anchor in anchors(target.read_text()), (page.name, link)

@@ -114,3 +114,15 @@ def test_the_readmes_demo_is_the_committed_run():
     vmpo_gains = np.array(gains("tiny-sd15", "vmpo-r2g-group", "shapes-strict"))
     before, cell = found["before"]["shapes-strict"], line("README.md", "`make demo` (VMPO, return-to-go)")[1]
     assert cell.startswith(f"{before + vmpo_gains.mean():.3f} ".removeprefix("0"))
+
+
+def test_the_readmes_method_table_is_its_result_table():
+    for script in ("vmpo", "awm", "grpo", "tempflow_rsm", "first_order_rsm"):
+        cells = line("README.md", f"[`{script}.py`]({script}.py)")
+        lines = len((ROOT / f"{script}.py").read_text().splitlines())
+        assert abs(int(cells[1]) - lines) < 0.1 * lines, (script, lines)
+        assert cells[4].strip("`") in __import__(script).PRESETS
+        if script != "first_order_rsm":
+            variant, gain = cells[5].split(" ", 1)
+            row = line("README.md", variant)
+            assert gain == f"{row[7].replace('*', '')} ({row[2]} k)"
