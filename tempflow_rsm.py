@@ -113,7 +113,6 @@ PRESETS = {
     "tiny": TINY | dict(model="tiny-sd35", lr=4e-4, epochs=200),
     "tiny-sd15": TINY | dict(model="tiny-sd15", lr=1e-3, epochs=120),
 }  # fmt: skip
-TEMPFLOW = 2.25  # 1 / mean sigma_t of SD3.5's 10 steps, TempFlow's and RSM's constant
 METRICS = harness.Metrics(
     means=[
         "loss/total", "loss/policy", "loss/kl", "loss/anchor", "kl/ref",
@@ -162,6 +161,9 @@ def parse_args(argv=None):
 
 
 # ---- method: pure functions of tensors ---------------------------------------
+TEMPFLOW = 2.25  # 1 / mean sigma_t of SD3.5's 10 steps, TempFlow's and RSM's constant
+
+
 def clipped_loss(adv, log_ratio, clip_range) -> torch.Tensor:
     """max(-A ratio, -A clip(ratio, 1 - xi, 1 + xi)), (R,); xi a number or (R,)."""
     ratio = log_ratio.exp()
