@@ -20,8 +20,9 @@ lint: .venv/installed
 	$(BIN)/python -m ruff check .
 
 .venv/installed: requirements.txt
+	@echo "installing the packages of requirements.txt into .venv: minutes (a CPU alone needs less: see that file)"
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --disable-pip-version-check -q -r requirements.txt
+	$(BIN)/python -m pip install --disable-pip-version-check -r requirements.txt
 	touch $@
 
 # The reference implementations in an environment of their own: rewrites tests/golden where their results changed and
