@@ -50,9 +50,7 @@ import harness
 import rewards
 from harness import need
 
-TINY = harness.TINY | dict(
-    group_size=1, num_prompts=4, kl="true", beta=0.05, mask="groups", decode_batch_size=256
-)  # fmt: skip
+TINY = harness.TINY | dict(group_size=1, num_prompts=4, kl="true", beta=0.05, mask="groups", decode_batch_size=256)
 DEFAULTS = dict(
     model="sd3.5-medium", num_prompts=16, group_size=4, steps=10, eval_steps=40, cfg=4.5,
     lora_rank=32, lora_alpha=64, max_sequence_length=128, ema_decay=0.9, micro_batch_size=4,
@@ -87,8 +85,7 @@ PRESETS = {
     # TempFlow-GRPO as RSM's baselines
     "tempflow-sd35-geneval": GENEVAL | dict(
         ema_repeats=12,
-        note="RSM's baseline, not TempFlow's own run (8 prompts x 4 images, 3000 epochs); "
-        f"{EPOCHS}, {OURS}",
+        note=f"RSM's baseline, not TempFlow's own run (8 prompts x 4 images, 3000 epochs); {EPOCHS}, {OURS}",
     ),
     "tempflow-sd35-aesthetic": AESTHETIC,
     # RSM, mechanistic study: as many rows, spread evenly or so that all steps are as noisy
@@ -130,22 +127,18 @@ def parse_args(argv=None):
     flag("--branching", "trunk", ["trunk", "tree"], "ODE trunks (TempFlow), stochastic trees (BranchGRPO)")
     flag("--profile", "base", "text", "B_i: 'B_0,B_1,...'; 'step:B,...'; base: 6, but for the last")
     flag("--tree-splits", "0,3,6,9", "text", "steps with two children (BranchGRPO: 0,3,6,9 of 20)")
-    tail = "trunk: how a child goes on (TempFlow: ode); tree: untrained steps (PCPO: sde)"
-    flag("--tail", "ode", ["ode", "sde"], tail)
-    far = "of a child, then r of x0_hat for r of x_0 (RSM Eq. 15, Fig. 8; i - j); 0 = to the end (j = 0)"
-    flag("--lookahead", 0, "int >= 0", f"steps {far}")
+    flag("--tail", "ode", ["ode", "sde"], "a trunk's child goes on (TempFlow: ode); a tree's untrained steps (PCPO)")
+    flag("--lookahead", 0, "int >= 0", "i - j: steps of a child, then r of x0_hat (RSM Eq. 15); 0 = to x_0 (j = 0)")
     flag("--grouping", "seed", ["seed", "prompt"], "A among the image's children, or the prompt's (SD1.5)")
     flag("--adv-eps", 1e-4, "float > 0", "A = (r - mean) / (std + this) (RSM, TempFlow: 1e-4; PCPO: 1e-8)")
     flag("--adv-unbiased", False, "yes/no", "std over the group's size - 1 (BranchGRPO, with eps 1e-8)")
-    masked = "rows that do not count: A = 0 (RSM), of groups with equal rewards, none (PCPO, BranchGRPO)"
-    flag("--mask", "rows", ["rows", "groups", "none"], masked)
+    flag("--mask", "rows", ["rows", "groups", "none"], "what is left out: A = 0 (RSM), equal groups, nothing (PCPO)")
     flag("--adv-clip", 5.0, "float > 0 or inf", "A is clipped to +- this (TempFlow, RSM: 5)")
     flag("--loss", "ppo", ["ppo", "hinge", "rsm"], "clipped ratio (TempFlow), RSM Eq. 104, Eq. 10 itself")
-    methods = ["none", "tempflow", "pcpo", "guard"]
-    flag("--reweight", "tempflow", methods, "gamma(t): 1, 2.25 sigma_t, w~_t / w_t, sigma_t / dt (RSM Table 1)")
+    rules = ["none", "tempflow", "pcpo", "guard"]
+    flag("--reweight", "tempflow", rules, "gamma(t): 1, 2.25 sigma_t, w~_t / w_t, sigma_t / dt (RSM Table 1)")
     flag("--pcpo-w", 4.5, "float >= 0", "SD1.5: W of PCPO's sampler (public code: 4.5); 0 = native sampler")
-    fair = ["none", "sigma2", "guard"]
-    flag("--fair-clip", "none", fair, "xi / sigma_t^2 for xi (RSM Eq. 24); guard: and weight sigma_t / dt")
+    flag("--fair-clip", "none", ["none", "sigma2", "guard"], "xi / sigma_t^2 (RSM Eq. 24); guard: weight sigma_t / dt")
     flag("--clip-range", 1e-4, "float > 0 or inf", "xi of mean log-probs (TempFlow, RSM: 1e-4)")
     flag("--kl", "true", ["none", "true", "heuristic"], "on children's rows; or times dt (RSM, aesthetic)")
     flag("--beta", 0.004, "float >= 0", "weight of the KL, in units of A (TempFlow: 0.004; RSM: 0.01)")
@@ -236,11 +229,9 @@ class Rows:
 
     def __getitem__(self, p: torch.Tensor) -> "Rows":
         """The states p and their children."""
-        first = (self.width.cumsum(0) - self.width).tolist()
-        c = [first[q] + b for q in p.tolist() for b in range(self.width[q])]
-        c = torch.tensor(c, dtype=torch.long)
-        states = (v[p] for v in (self.x_t, self.o_old, self.o_ref, self.step, self.image, self.width))
-        return Rows(*states, *(v[c] for v in (self.z, self.adv, self.equal, self.counts)))
+        children, values = torch.arange(len(self.z)).split(self.width.tolist()), list(vars(self).values())
+        c = torch.cat([p[:0], *(children[q] for q in p.tolist())])
+        return Rows(*(v[p] for v in values[:6]), *(v[c] for v in values[6:]))
 
     def find(self, pairs: torch.Tensor, most: int | None = None) -> torch.Tensor:
         """The states of these (image, step), at most so many of each: several in a tree, none for an
@@ -279,21 +270,13 @@ def main(args):
     widths = children_per_step(args, sde.sigma.tolist())  # B_i, (T,)
     branching, anchors = [i for i, b in enumerate(widths) if b], anchor_steps(args, widths)
     mean_width = sum(widths) / len(branching)
-    if run.is_main and args.branching == "trunk":
-        print(f"children per step: {' '.join(map(str, widths))}")
-    w_loss = sde.w  # of the log ratio in the loss
-    if args.reweight == "pcpo":  # w~, of the native grid also for PCPO's own sampler
-        noisy = [i for i in range(args.steps) if native.sigma[i] >= common.MIN_SIGMA]
-        kind, of = ("zeta", branching) if args.kind == "flow" else ("public", noisy)
-        w_loss = common.pcpo_weights(native, of, kind)
+    w_loss = loss_weights(native, sde, branching, args)
     optimiser = harness.make_optimiser(args, run, theta)
     spreads = [f"value_std/{i:02d}" for i in branching]
     columns = dataclasses.replace(METRICS, more=(*spreads, *METRICS.more))
     columns = columns.with_steps(["clip_frac"], branching)
     harness.write_influence(run, branching, influence(sde, w_loss, args))
-    recorder = harness.Recorder(
-        run, args, policy, optimiser, (reward, more), rewards.RewardError, columns
-    )
+    recorder = harness.Recorder(run, args, policy, optimiser, (reward, more), rewards.RewardError, columns)
 
     for epoch in recorder.epochs():
         # ---- 1 rollout -------------------------------------------------------
@@ -320,16 +303,7 @@ def main(args):
                 levels[i].value = returns[i].view(cost.shape) - args.entropy * cost
 
         # ---- 3 advantage -----------------------------------------------------
-        images, found, spread = args.group_size if args.grouping == "prompt" else 1, [], {}
-        for i, key in zip(branching, spreads):
-            value = levels[i].value.flatten()
-            # image by image, hence prompt by prompt: groups are blocks of equal size
-            group = images * len(value) // len(batch.prompts)
-            each = common.group_advantage(value, group, "group", args.adv_eps, args.adv_unbiased)
-            found.append(each)
-            std = common.gather(value.view(-1, group).std(1, correction=0))
-            spread[key] = harness.scored(std).mean().item()
-        adv, equal = (torch.cat(each) for each in zip(*found))
+        adv, equal, spread = advantages([levels[i].value for i in branching], args)
         counts = rows_that_count(adv, equal, args)
         every = all_rows(levels, adv.clamp(-args.adv_clip, args.adv_clip), equal, counts)
 
@@ -361,15 +335,11 @@ def main(args):
                 # 4b: the loss, and the log ratio that it compares with its clip range
                 loss, log_ratio, xi = policy_loss(sde, rows, i, sde.at(w_loss, i, o) * shift, args)
                 # 4c: + beta KL, anchors, gradients
-                # known: the states where the reference was asked, all or the anchors
-                known = slice(None) if needs_reference(args) else rows.width == 0
-                drift = o[known] - rows.o_ref[known]
-                delta = sde.at(sde.w, rows.step[known], o) * drift  # (mu_theta - mu_ref) / sigma
-                kl_ref = common.kl_divergence(delta, args.logprob_reduce)
-                kl, anchor = kl_terms(sde, rows, i, kl_ref, drift, mean_width, args)
+                kl, anchor, kl_ref = kl_terms(sde, rows, i, o, mean_width, args)
                 total = loss + args.beta * kl
                 if args.loss == "rsm":
-                    total = eq_10(sde, rows, i, w * drift[own], moved, loss, w_loss, args)
+                    drift = w * (o - rows.o_ref)[own]  # (mu_theta - mu_ref) / sigma
+                    total = eq_10(sde, rows, i, drift, moved, loss, w_loss, args)
                 total = total * rows.counts  # no policy term, hence no KL to hold it either
                 if args.branching == "trunk":  # every step weighs the same, whatever its width
                     total = total * mean_width / rows.width[own].to(total)
@@ -390,7 +360,7 @@ def main(args):
 
         # ---- 5 log, samples, checkpoint, eval --------------------------------
         del batch, levels, leaves, every  # what follows needs the room
-        metrics = stats.result() | spread | {"grad/norm": sum(norms) / len(norms)}
+        metrics = stats.result() | dict(zip(spreads, spread)) | {"grad/norm": sum(norms) / len(norms)}
         recorder.end_epoch(epoch, final, parts, metrics)
     recorder.finish()
 
@@ -408,6 +378,14 @@ def stochastic_grid(native: common.Grid, args) -> common.Grid:
     """The sampler of the stochastic steps: for PCPO on SD1.5 its own, unless --pcpo-w is 0."""
     public = args.reweight == "pcpo" and args.kind == "eps" and args.pcpo_w
     return common.pcpo_grid(native, args.pcpo_w) if public else native
+
+
+def loss_weights(native: common.Grid, sde: common.Grid, branching: list[int], args) -> torch.Tensor:
+    """w of the log ratio in the loss, (T,): PCPO's w~ is the native grid's also where its own sampler runs."""
+    if args.reweight != "pcpo":
+        return sde.w
+    noisy = [i for i in range(args.steps) if native.sigma[i] >= common.MIN_SIGMA]
+    return common.pcpo_weights(native, *((branching, "zeta") if args.kind == "flow" else (noisy, "public")))
 
 
 def needs_reference(args) -> bool:
@@ -562,6 +540,18 @@ def score(policy, reward, leaves, batch, args):
     return {i: total for i, (total, _) in found.items()}, parts
 
 
+def advantages(values: list[torch.Tensor], args) -> tuple[torch.Tensor, torch.Tensor, list[float]]:
+    """Values of each step's children -> A (R,), where a group's values are equal, a group's mean std by step."""
+    images, found, spread = args.group_size if args.grouping == "prompt" else 1, [], []
+    for value in values:  # (P, B), image by image, hence prompt by prompt: groups are blocks of equal size
+        group = images * value.numel() // (args.num_prompts * args.group_size // common.world())
+        each = common.group_advantage(value.flatten(), group, "group", args.adv_eps, args.adv_unbiased)
+        found.append(each)
+        std = common.gather(value.view(-1, group).std(1, correction=0))
+        spread.append(harness.scored(std).mean().item())
+    return *(torch.cat(each) for each in zip(*found)), spread
+
+
 def rows_that_count(adv: torch.Tensor, equal: torch.Tensor, args) -> torch.Tensor:
     """(R,) by --mask; rows: A != 0, also in groups of unequal rewards, or all where all A are 0.
 
@@ -613,12 +603,15 @@ def eq_10(grid, rows: Rows, i, drift, moved, loss, w_loss, args) -> torch.Tensor
     return common.reduce_latent(each, args.logprob_reduce)
 
 
-def kl_terms(grid, rows: Rows, i, kl_ref, drift, mean_width: float, args):
-    """--kl of R rows, (R,), and --anchor-form of the anchors, (A,).
-
-    kl_ref (Q,), drift = o - o_ref (Q, C, h, w): of the known states of 4c.
+def kl_terms(grid, rows: Rows, i, o, mean_width: float, args):
+    """--kl of R rows, (R,), --anchor-form of the anchors, (A,), and the KL of the states where the
+    reference was asked: of all, or of the anchors alone.
     """
     every, kl = needs_reference(args), torch.zeros_like(rows.adv)
+    known = slice(None) if every else rows.width == 0
+    drift = o[known] - rows.o_ref[known]
+    delta = grid.at(grid.w, rows.step[known], o) * drift  # (mu_theta - mu_ref) / sigma
+    kl_ref = common.kl_divergence(delta, args.logprob_reduce)
     if args.kl != "none" and every:
         kl = kl_ref[rows.parent]
     if args.kl == "heuristic":  # ref-code: over 2 g^2, i.e. times dt, as sigma^2 = g^2 dt
@@ -626,36 +619,32 @@ def kl_terms(grid, rows: Rows, i, kl_ref, drift, mean_width: float, args):
     anchor = kl_ref * mean_width  # as much as a step with children
     if args.anchor_form == "pcpo":
         anchor = 0.5 * (args.pcpo_w or 1.0) ** 2 * common.reduce_latent(drift**2, "mean")
-    return kl, anchor[rows.width == 0] if every else anchor
+    return kl, anchor[rows.width == 0] if every else anchor, kl_ref
 
 
 # ---- what no paper mentions: checks of the flags, sizes for --dry-run --------
 def check(args):
-    tree, images, loss = args.branching == "tree", args.group_size, args.loss
+    tree, loss, model = args.branching == "tree", args.loss, args.model
     args.widths = children_per_step(args)
-    later = f"--entropy {args.entropy} needs stochastic later steps"
-    need(not args.entropy or tree or args.tail == "sde", f"{later}; use --branching tree or --tail sde")
+    late = args.tail == "sde" or tree or not args.entropy
+    need(late, "--entropy needs stochastic later steps; use --branching tree or --tail sde")
     need(not args.lookahead or not tree, "--lookahead is of a trunk's children, not of a tree; leave it out")
-    childless = f"--anchor-beta {args.anchor_beta} is of states without children, a tree has none"
-    need(not args.anchor_beta or not tree, f"{childless}; leave it out")
-    flags = "--shared-blocks" if args.shared_blocks else "--shared-noise"
-    same = f"{flags} makes the {images} trunks of a prompt identical"
-    shared = (args.shared_noise or args.shared_blocks) and not tree and images > 1
-    need(not shared, f"{same}; use --group-size 1 and a wider --profile")
-    both = "--shared-blocks and --shared-noise share x_T in two ways; use one of them"
-    need(not args.shared_blocks or not args.shared_noise, both)
-    square = "--loss rsm writes policy term and KL as one square (Eq. 10)"
-    whole = loss != "rsm" or args.kl == "true" and args.beta > 0
-    need(whole, f"{square}; use --kl true and --beta above 0, or --loss hinge")
-    pair = "--loss ppo does not go with --reweight pcpo; use --loss hinge or rsm"
-    need(loss != "ppo" or args.reweight != "pcpo", pair)
+    need(not args.anchor_beta or not tree, "--anchor-beta is of states without children, as no tree has; leave it out")
+    flag = "--shared-blocks" if args.shared_blocks else "--shared-noise"
+    same = (args.shared_noise or args.shared_blocks) and not tree and args.group_size > 1
+    what = f"{flag} makes the {args.group_size} trunks of a prompt identical"
+    need(not same, what, "use --group-size 1 and a wider --profile")
+    both = args.shared_blocks and args.shared_noise
+    need(not both, "--shared-blocks and --shared-noise share x_T in two ways; use one of them")
+    square = "--loss rsm writes policy term and KL as one square (Eq. 10); use --kl true and --beta above 0"
+    need(loss != "rsm" or args.kl == "true" and args.beta > 0, square)
+    need(loss != "ppo" or args.reweight != "pcpo", "--reweight pcpo needs --loss hinge or rsm, not ppo")
     fair = args.fair_clip == "none" or args.reweight in ("none", "tempflow")
-    pair = f"--fair-clip {args.fair_clip} does not go with --reweight {args.reweight}"
-    need(fair, f"{pair}; use none or tempflow")
+    need(fair, f"--fair-clip {args.fair_clip} does not go with --reweight {args.reweight}; use none or tempflow")
     whole = f"--reward {args.reward} compares the images of a prompt, not the children of a state"
-    need(not rewards.is_grouped(args.reward), f"{whole}; use vmpo.py, awm.py or grpo.py")
-    flow = f"--kl heuristic needs a flow model (g_t of its SDE), --model {args.model} is not one"
-    need(args.kl != "heuristic" or args.kind == "flow", f"{flow}; use true")
+    need(not rewards.is_grouped(args.reward), whole, "use vmpo.py, awm.py or grpo.py")
+    flow = f"--kl heuristic needs a flow model (g_t of its SDE), --model {model} is not one; use true"
+    need(args.kl != "heuristic" or args.kind == "flow", flow)
     if args.reweight != "guard":
         harness.warn_of_clip_range(args)
 
@@ -663,62 +652,50 @@ def check(args):
 def children_per_step(args, sigma=()) -> list[int]:
     """B_i (T,), checked; against the grid's sigma (T,) too, once that is known."""
     tree = args.branching == "tree"
-    text = "--tree-splits" if tree else f"--profile {args.profile}"
-    widths = tree_widths(args) if tree else parse_profile(args)
+    text = f"--tree-splits {args.tree_splits}" if tree else f"--profile {args.profile}"
+    widths = tree_widths(args, text) if tree else parse_profile(args, text)
+    # every child has another to be compared with: of its state, or of the prompt's images
+    fewest, what = (widths[0], "one node before the first split") if tree else (min(filter(None, widths)), "one child")
+    pair = fewest > 1 or args.grouping == "prompt" and args.group_size > 1
+    alone = f"{text}: {what} has none to be compared with by --grouping {args.grouping} --group-size {args.group_size}"
+    need(pair, alone, "give more, or use --grouping prompt and two images")
     for i, noise in enumerate(sigma):
         if noise < common.MIN_SIGMA:
-            what = f"{text} {'splits' if tree else 'has children'} at step {i}, which has no noise"
-            most = 1 if tree else 0  # a tree goes on by an ODE step there
-            need(widths[i] <= most, f"{what} with kernel {args.kernel}; leave it out")
+            what = f"{text} has children at step {i}, which has no noise with kernel {args.kernel}"
+            need(widths[i] <= tree, what, "leave it out")  # a tree goes on by an ODE step there
             widths[i] = 0
-    samples, anchors = args.num_prompts * args.group_size, anchor_steps(args, widths)
-    states = samples * sum(map(bool, widths))
+    states = args.num_prompts * args.group_size * sum(map(bool, widths))
     if not args.anchor_first:
-        states += anchor_count(args, anchors, sum(widths))
-    what = f"--updates-per-epoch {args.updates_per_epoch} is more than the {states} states"
-    need(args.updates_per_epoch <= states, f"{what} of an epoch; use fewer")
+        states += anchor_count(args, anchor_steps(args, widths), sum(widths))
+    what = f"--updates-per-epoch {args.updates_per_epoch} is more than the {states} states of an epoch"
+    need(args.updates_per_epoch <= states, what, "use fewer")
     return widths
 
 
-def check_siblings(args, fewest: int, what: str) -> None:
-    """Every child has another to be compared with: of its state, or of the prompt's images."""
-    least = 1 if args.grouping == "prompt" and args.group_size > 1 else 2
-    flags = f"--grouping {args.grouping} and --group-size {args.group_size}"
-    few = f"with {flags} fewer than {least} children have nothing to be compared with"
-    need(fewest >= least, f"{what}; {few}: give more, or use --grouping prompt and two images")
-
-
-def tree_widths(args) -> list[int]:
+def tree_widths(args, text: str) -> list[int]:
     """--tree-splits -> T numbers of children of each node, 0 at the steps that are not trained."""
-    text, trained = f"--tree-splits {args.tree_splits}", args.train_steps
-    try:
-        splits = {int(s) for s in args.tree_splits.split(",") if s.strip()}
-    except ValueError:
-        raise common.UsageError(f"{text} is not a list of step numbers such as 0,3,6,9") from None
-    inside = all(0 <= i < trained for i in splits)
-    need(inside, f"{text} goes beyond the {trained} trained steps; use steps 0 to {trained - 1}")
-    widths = [(1 + (i in splits)) * (i < trained) for i in range(args.steps)]
-    check_siblings(args, widths[0], f"{text} leaves a tree one node before the first split")
-    return widths
+    words, trained = [s for s in args.tree_splits.split(",") if s.strip()], args.train_steps
+    steps = f"{text} is not a list of trained steps such as 0,3,6,9"
+    need(all(s.strip().isdecimal() and int(s) < trained for s in words), steps, f"use 0 to {trained - 1}")
+    splits = set(map(int, words))
+    return [(1 + (i in splits)) * (i < trained) for i in range(args.steps)]
 
 
-def parse_profile(args) -> list[int]:
+def parse_profile(args, text: str) -> list[int]:
     """--profile '6,6,8,10', '0:4,10:4' or 'base' -> T numbers of children."""
-    text, steps, trained = f"--profile {args.profile}", args.steps, args.train_steps
+    steps, trained = args.steps, args.train_steps
     words = ["6"] * (steps - 1) if args.profile == "base" else args.profile.split(",")
     try:
         items = [[int(v) for v in item.split(":")] for item in words]
         given = dict(item if len(item) > 1 else (n, *item) for n, item in enumerate(items))
     except ValueError:
         raise common.UsageError(f"{text} is not base or a list 'B_0,B_1,...' or 'step:B,...'") from None
+    grid = f"the grid has {steps} steps, of which {trained} are trained"
     for i, b in given.items():
-        possible = 0 <= i < steps and (b == 0 or b > 0 and i < trained)
-        grid = f"the grid has {steps} steps, of which {trained} are trained"
-        need(possible, f"{text}: {b} children at step {i} is impossible; {grid}")
+        possible = 0 <= i < (trained if b else steps) and b >= 0
+        need(possible, f"{text}: {b} children at step {i} is impossible", grid)
     need(len(given) == len(items), f"{text} names a step twice; give every step once")
     need(any(given.values()), f"{text} has no children at all; at least one step needs some")
-    fewest = min(b for b in given.values() if b)
-    check_siblings(args, fewest, f"{text} has a step with one child")
     return [given.get(i, 0) for i in range(steps)]
 
 
@@ -740,14 +717,12 @@ def sizes(args) -> dict[str, str]:
         before = [math.prod(b or 1 for b in widths[:i]) for i in range(args.steps + 1)]  # nodes
         calls, leaves, parents = sum(before[:-1]), before[-1], sum(before[i] for i in training)
         children = sum(before[i] * widths[i] for i in training)
-        lines = {"leaves per image": str(leaves)}
     else:
         calls = network_evaluations(widths, max([*training, *anchors]), args.lookahead)
         leaves, parents, children = rows, len(training), rows
         if args.entropy:  # the reference along stochastic tails
             most = (args.lookahead or args.steps) - 1  # the last evaluation gives x0_hat alone
             tails = sum(b * max(0, min(args.train_steps - 1 - i, most)) for i, b in enumerate(widths))
-        lines = {"children per image": f"{rows} on {len(training)} steps: {' '.join(map(str, widths))}"}
     kept = anchor_count(args, anchors, rows)
     states, reference = samples * parents + kept, samples * parents * needs_reference(args) + kept
     # x_t, o_old and z of the levels, again in one piece for the update; o_ref; leaves, noise
@@ -755,13 +730,12 @@ def sizes(args) -> dict[str, str]:
     latents += samples * (leaves + args.steps + 1)
     what = f"{latents} latents: noise, leaves, and twice states, outputs and draws"
     passes = harness.network_passes(args, args.cfg)
-    first, twice = samples * calls * passes, samples * (calls + rows) * passes
-    again = f"({twice} if parents were evaluated again)"
-    update = f"{states * passes * args.inner_epochs} with gradient"
+    first, update = f"{samples * calls * passes} in the rollout", states * passes * args.inner_epochs
     watched = 0 if needs_reference(args) else min(harness.WATCHED, samples * len(training))  # for the log
     frozen = f"{(reference + samples * tails + watched) * passes} of the reference"
-    return lines | {
-        "network evaluations per epoch": f"{first} in the rollout {again}, {update}, {frozen}",
+    return {
+        "children per image": f"{children} on {len(training)} steps: {' '.join(map(str, widths))}",
+        "network evaluations per epoch": f"{first}, {update} with gradient, {frozen}",
         "decodes and reward evaluations per epoch": f"{samples * leaves} images",
         "training rows per epoch": f"{samples * children}",
         "memory for the rollout": harness.rollout_memory(args, latents, what),
