@@ -21,6 +21,7 @@ from unittest import mock
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import arguments  # noqa: E402
 import common  # noqa: E402
 import harness  # noqa: E402
 
@@ -50,8 +51,9 @@ def parsed(script, preset: str) -> dict:
     nothing = lambda *a, **k: None  # noqa: E731
     prompts = [common.Prompt(n, "a") for n in range(1000)]
     with (
-        mock.patch.object(harness, "load_prompts", lambda *a: prompts),
-        mock.patch.object(harness, "check_model", nothing),
+        mock.patch.object(arguments, "load_prompts", lambda *a: prompts),
+        mock.patch.object(arguments, "check_model", nothing),
+        mock.patch.object(arguments, "require_hub", nothing),
         mock.patch.object(harness, "require_hub", nothing),
         mock.patch.object(script.rewards, "check_args", nothing),
         contextlib.redirect_stdout(io.StringIO()),
@@ -85,7 +87,7 @@ def run(script, preset: str, models: Path) -> dict:
     """One small epoch of a preset -> how it was run; AssertionError unless all that is logged is finite."""
     from benchmarks import random_model
 
-    with mock.patch.object(harness, "check_model"), contextlib.redirect_stdout(io.StringIO()):
+    with mock.patch.object(arguments, "check_model"), contextlib.redirect_stdout(io.StringIO()):
         given = parsed(script, preset)
     kind, folder = given["model"], models / given["model"]
     if not folder.exists():
