@@ -1,6 +1,6 @@
 # make demo: train VMPO on the embedded model (CPU, no download, no account); make demo METHOD=awm, grpo, tempflow_rsm
 # or first_order_rsm: another method; PRESET=tiny: the SD3.5-type model.  make test: the test suite.
-# Each works alone on a machine with Python 3.10 or newer and pip.
+# Each works alone on a machine with Python 3.11 or newer and pip.
 PYTHON ?= python3
 METHOD ?= vmpo
 PRESET ?= $(if $(filter awm,$(METHOD)),tiny-sd15-release,tiny-sd15)
@@ -20,6 +20,7 @@ lint: .venv/installed
 	$(BIN)/python -m ruff check .
 
 .venv/installed: requirements.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "$(PYTHON) is too old: give Python 3.11 or newer, make PYTHON=...")'
 	@echo "installing the packages of requirements.txt into .venv: minutes (a CPU alone needs less: see that file)"
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --disable-pip-version-check -r requirements.txt
