@@ -140,8 +140,7 @@ def parse_args(argv=None):
     losses = ["reinforce", "ddpo", "grpo", "epg", "pcpo", "guard"]
     flag("--loss", "grpo", losses, "reinforce: DPOK; ddpo: DDPO-IS; grpo: Flow-, Dr.GRPO (docs/grpo.md)")
     norms = ["group", "global", "none", "rloo", "raw", "running"]
-    under = "under A: std of the group (GRPO), of all (Flow-GRPO), 1 (Dr.GRPO), of the prompt (DDPO)"
-    flag("--adv-norm", "global", norms, under)
+    flag("--adv-norm", "global", norms, "under A: std of the group (GRPO), all (Flow-GRPO), prompt (DDPO), or 1")
     flag("--adv-eps", 1e-4, "float > 0", "added to the std (Flow-GRPO: 1e-4; DDPO: 1e-6; DanceGRPO: 1e-8)")
     flag("--adv-unbiased", False, "yes/no", "std with K - 1 for K (DanceGRPO)")
     flag("--drop-zero-advantage", False, "yes/no", "rows with A = 0 leave policy and KL (Flow-GRPO)")
@@ -277,12 +276,10 @@ def main(args):
     # again: a step without noise is no transition
     harness.check_updates(args, samples * fewest_steps(args, len(trainable)))
     optimiser = harness.make_optimiser(args, run, theta)
-    running = RunningStats(args.adv_eps) if args.adv_norm == "running" else None
+    running = {"running": RunningStats(args.adv_eps)} if args.adv_norm == "running" else {}
     harness.write_influence(run, trainable, influence(sde, pcpo_table(native, trainable, args), args))
     columns = METRICS.with_steps(["clip_frac"], trainable)
-    scorers, failure = (reward, more), rewards.RewardError
-    state = {"running": running} if running else {}
-    recorder = harness.Recorder(run, args, policy, optimiser, scorers, failure, columns, state)
+    recorder = harness.Recorder(run, args, policy, optimiser, (reward, more), rewards.RewardError, columns, running)
 
     for epoch in recorder.epochs():
         # ---- 1 rollout -------------------------------------------------------
@@ -294,9 +291,7 @@ def main(args):
             grid = mixed_grid(sde, ode, steps)
         reference = steps if needs_reference(args) else ()
         batch = harness.epoch_batch(args, policy, epoch, blocks=args.shared_blocks)
-        path = common.rollout(
-            policy, grid, batch.cond, batch.noise, args.cfg, args.micro_batch_size, reference
-        )
+        path = common.rollout(policy, grid, batch.cond, batch.noise, args.cfg, args.micro_batch_size, reference)
 
         # ---- 2 reward --------------------------------------------------------
         recorder.phase()
@@ -309,13 +304,13 @@ def main(args):
         if args.kl == "implicit":
             log_r = path.log_ref_over_old(grid, steps, args.logprob_reduce)
             returns = implicit_reward(final, log_r, args.beta)
-        std = args.adv_norm, args.adv_eps, args.adv_unbiased
+        how = args.group_size, args.adv_norm, args.adv_eps, args.adv_unbiased
         if running:
-            adv, zero = running.advantage(final, [p.id for p in batch.prompts])
+            adv, zero = running["running"].advantage(final, [p.id for p in batch.prompts])
+        elif args.adv_per_reward:
+            adv, zero = common.sum_of_advantages(parts, reward.weights, *how)
         else:
-            adv, zero = common.group_advantage(returns, args.group_size, *std)
-        if args.adv_per_reward:
-            adv, zero = common.sum_of_advantages(parts, reward.weights, args.group_size, *std)
+            adv, zero = common.group_advantage(returns, *how)
         adv, zero = (x.view(len(final), -1).expand(-1, len(steps)) for x in (adv, zero))
         clipped = adv.abs() > args.adv_clip
         adv = adv.clamp(-args.adv_clip, args.adv_clip)  # (B, S)
@@ -354,21 +349,16 @@ def main(args):
                 a = adv[n, column[i]]
                 loss, log_ratio = policy_loss(grid, rows, o, moved, log_ratio, a, w_pcpo, args)
                 # 4c: + beta KL, gradients
-                kl_ref = None
-                if reference:
-                    kl_ref = common.kl_divergence(w * (o - rows.o_ref), args.logprob_reduce)
-                kl = kl_term(grid, rows, o, moved, kl_ref, args)
+                kl, known = kl_term(grid, rows, o, w, moved, args)
                 total = loss + args.beta * kl
                 # micro-batches and processes add up to the mean over the update's transitions
                 optimiser.backward(total.sum() / count)
                 ratio = log_ratio.exp()
                 outside = (log_ratio if args.loss == "pcpo" else ratio - 1).abs() > args.clip_range
-                stats.add(harness.by_step(i, {"clip_frac": outside.float()}) | {
-                    "loss/total": total, "loss/policy": loss, "loss/kl": kl,
-                    **({"kl/ref": kl_ref} if reference else {}),
+                stats.add(harness.by_step(i, {"clip_frac": outside.float()}) | known | {
+                    "loss/total": total, "loss/policy": loss, "loss/kl": kl, "adv/mean": a,
                     "ratio/mean": ratio, "ratio/clip_frac": outside.float(),
                     "ratio/approx_kl": 0.5 * log_ratio**2,
-                    "adv/mean": a,
                 }, i)  # fmt: skip
                 stats.top("ratio/max", ratio.max().item())
             norms += optimiser.step()  # 4c: all-reduce, clip, AdamW on theta
@@ -440,58 +430,54 @@ def policy_loss(grid, rows, o, moved, log_ratio, adv, w_pcpo, args):
     return loss, log_ratio
 
 
-def kl_term(grid, rows, o, moved, kl_ref, args) -> torch.Tensor:
-    """--kl of R rows, (R,), VMPO Eq. 22; 0 where there is none."""
+def kl_term(grid, rows, o, w, moved, args):
+    """--kl of R rows, (R,), VMPO Eq. 22, 0 where there is none; "kl/ref", where the reference was asked."""
+    kl, known = o.new_zeros(len(o)), {}  # an implicit KL is part of the reward
+    if rows.o_ref is not None:
+        known["kl/ref"] = common.kl_divergence(w * (o - rows.o_ref), args.logprob_reduce)
     if args.kl == "velocity":  # of the native outputs, all steps alike
         anchor = rows.o_ref if args.kl_anchor == "ref" else rows.o_old
-        return common.reduce_latent((o - anchor) ** 2, "mean")
-    if args.kl not in ("mean", "mean-nodt"):  # an implicit KL is part of the reward
-        return o.new_zeros(len(o))
-    kl = kl_ref
-    if args.kl_anchor == "old":  # 0 in the first update, which still is at theta_old
+        kl = common.reduce_latent((o - anchor) ** 2, "mean")
+    elif args.kl in ("mean", "mean-nodt") and args.kl_anchor == "ref":
+        kl = known["kl/ref"]
+    elif args.kl in ("mean", "mean-nodt"):  # 0 in the first update, which still is at theta_old
         kl = common.kl_divergence(moved, args.logprob_reduce)
     if args.kl == "mean-nodt":  # over 2 g^2 instead of 2 sigma^2 = 2 g^2 dt
         kl = kl * grid.dt[rows.i].to(kl)
-    return kl
+    return kl, known
 
 
 # ---- what no paper mentions: checks of the flags, sizes for --dry-run --------
 def check(args):
-    updates = args.updates_per_epoch * args.inner_epochs
-    loss, flow = args.loss, args.kind == "flow"
-    if args.adv_norm != "running":
+    updates, loss, flow = args.updates_per_epoch * args.inner_epochs, args.loss, args.kind == "flow"
+    running, implicit = args.adv_norm == "running", args.kl == "implicit"
+    if not running:
         harness.check_group(args)
-    alone = "--adv-norm running needs one reward an image, --kl implicit has one a step; use mean"
-    need(args.adv_norm != "running" or args.kl != "implicit", alone)
+    one = "--adv-norm running needs one reward an image, --kl implicit has one a step; use mean"
+    need(not running or not implicit, one)
     each = "--adv-per-reward takes the rewards one by one, --kl implicit and --adv-norm running their sum"
-    alone = args.kl == "implicit" or args.adv_norm == "running"
-    need(not args.adv_per_reward or not alone, f"{each}; leave it out")
+    need(not args.adv_per_reward or not (implicit or running), each, "leave it out")
     gaps = "--skip-failed does not go with --adv-norm running, which keeps every reward"
-    need(not args.skip_failed or args.adv_norm != "running", f"{gaps}; use group or global")
+    need(not args.skip_failed or not running, gaps, "use group or global")
     both = args.shared_blocks and args.shared_noise
     need(not both, "--shared-blocks and --shared-noise share x_T in two ways; use one of them")
     bare = f"--loss ddpo has no KL term, --kl is {args.kl}"
-    same = "use --loss grpo, which is the same with one, or --kl none"
-    need(loss != "ddpo" or args.kl == "none", f"{bare}; {same}")
+    need(loss != "ddpo" or args.kl == "none", bare, "use --loss grpo, the same with a KL, or --kl none")
     once = f"--loss reinforce is on-policy, {updates} updates per rollout are not"
-    fewer = "use --updates-per-epoch 1 --inner-epochs 1, or --loss epg"
-    need(loss != "reinforce" or updates == 1, f"{once}; {fewer}")
+    need(loss != "reinforce" or updates == 1, once, "use --updates-per-epoch 1 --inner-epochs 1, or --loss epg")
     what = f"--kl mean-nodt needs a flow model (g_t of its SDE), --model {args.model} is not one"
-    need(args.kl != "mean-nodt" or flow, f"{what}; use mean")
-    if args.pcpo_weights == "auto":
-        args.pcpo_weights = "zeta" if flow else "public"
-    wrong, right = ("public", "zeta") if flow else ("zeta", "public or loss-only")
+    need(args.kl != "mean-nodt" or flow, what, "use mean")
+    wrong, right = ("public", "zeta") if flow else ("zeta", "public")
+    args.pcpo_weights = right if args.pcpo_weights == "auto" else args.pcpo_weights
     what = f"--pcpo-weights {args.pcpo_weights} does not fit --model {args.model}"
-    need(args.pcpo_weights != wrong, f"{what}; use {right}")
+    need(args.pcpo_weights != wrong, what, f"use {right}")
     check_window(args)
-    samples = args.num_prompts * args.group_size
     steps, drawn = args.sde_window or args.train_steps, args.random_steps
     need(drawn <= steps, f"--random-steps {drawn} is more than the {steps} trained ones; use fewer")
-    harness.check_updates(args, samples * fewest_steps(args, args.train_steps))
+    harness.check_updates(args, args.num_prompts * args.group_size * fewest_steps(args, args.train_steps))
     if loss in ("ddpo", "grpo", "pcpo"):
         harness.warn_of_clip_range(args)
-    explicit = args.kl in ("mean", "mean-nodt", "velocity")
-    if explicit and args.kl_anchor == "old" and updates == 1:
+    if args.kl in ("mean", "mean-nodt", "velocity") and args.kl_anchor == "old" and updates == 1:
         what = "--kl-anchor old with one update per rollout is a KL of a policy to itself"
         print(f"note: {what}, identically 0; for a KL that acts use --kl-anchor ref")
 
@@ -500,14 +486,12 @@ def check_window(args) -> None:
     """The window lies in its range, the range in the trained steps; fills in the range."""
     for word in args.argv:
         idle = word.startswith("--sde-window-") and not args.sde_window
-        what = f"{word} does nothing with --sde-window 0"
-        need(not idle, f"{what}; give a window of 1 or more steps, or leave it out")
-    args.sde_window_range = args.sde_window_range or [0, args.train_steps]
-    first, end = args.sde_window_range
+        need(not idle, f"{word} does nothing with --sde-window 0; give a window of 1 or more steps, or leave it out")
+    first, end = args.sde_window_range = args.sde_window_range or [0, args.train_steps]
     fits = first + args.sde_window <= end <= args.train_steps
     place = f"steps {first} to {end} of the {args.train_steps} trained ones"
     what = f"--sde-window {args.sde_window} does not fit into {place}"
-    need(fits or not args.sde_window, f"{what}; use a smaller window or another --sde-window-range")
+    need(fits or not args.sde_window, what, "use a smaller window or another --sde-window-range")
 
 
 def check_noise(args, trainable: list[int]) -> None:
@@ -520,16 +504,13 @@ def check_noise(args, trainable: list[int]) -> None:
 def sizes(args) -> dict[str, str]:
     """The lines of --dry-run."""
     samples, train = args.num_prompts * args.group_size, args.sde_window or args.train_steps
-    passes = harness.network_passes(args, args.cfg)
-    rows = samples * min(args.random_steps or train, train)
+    rows, passes = samples * min(args.random_steps or train, train), harness.network_passes(args, args.cfg)
+    watched = samples * train if needs_reference(args) else min(harness.WATCHED, samples * train)  # for the log
+    calls = f"{samples * args.steps * passes} in the rollout, {watched * passes} of the reference"
     window = f"{args.sde_window} of {args.steps}, {args.sde_window_mode}"
-    rollout, trained = samples * args.steps * passes, rows * args.inner_epochs * passes
-    watched = min(harness.WATCHED, samples * train)  # for the log
-    reference = (samples * train if needs_reference(args) else watched) * passes
-    without = f"{rollout} in the rollout, {reference} of the reference"
     return {
         "stochastic steps": window if args.sde_window else f"all {args.steps}",
-        "network evaluations per epoch": f"{without}, {trained} with gradient",
+        "network evaluations per epoch": f"{calls}, {rows * args.inner_epochs * passes} with gradient",
         "decodes and reward evaluations per epoch": f"{samples} images",
         "transitions per epoch": f"{rows}, {rows // args.updates_per_epoch} per update",
     }
