@@ -8,7 +8,9 @@ import importlib.util
 import json
 import math
 import os
+import re
 import sys
+import textwrap
 from pathlib import Path
 
 import torch
@@ -31,6 +33,9 @@ MODELS = {  # name: folder or hub id, pipeline, latent channels, pixels per late
 # GiB that the network keeps of a sample of 512 px and a branch of the guidance, in half precision, for the backward
 # pass: as it is, and with checkpointing (python -m benchmarks.activations)
 ACTIVATIONS = {"sd15": (0.75, 0.20), "sd3.5-medium": (1.89, 0.18), "flux.1-dev": (5.42, 0.48)}
+NOT_SHIPPED = {  # prompt lists that presets name: prompts/README.md
+    "drawbench.txt", "geneval_train.jsonl", "ocr_train.txt", "pickscore_test.txt", "pickscore_train.txt",
+}  # fmt: skip
 NOISE_LEVEL = {"ddim": 1.0, "flow_sde": 0.7, "dance": 0.3, "cps": 0.8, "ancestral": 1.0, "ode": 0.0}
 TINY = dict(  # the embedded models' experiment, in every script: coloured shapes, 64 images an epoch, one update
     prompts="prompts/shapes_train.txt", eval_prompts="prompts/shapes_heldout.txt",
@@ -53,14 +58,18 @@ FIXED = {
 }  # fmt: skip
 DERIVED = {  # what parse() adds to the flags: not part of args.json
     "prompt_list", "eval_prompt_list", "backbone", "argv", "changed", "note", "run_dir", "made_dir", "resume",
-    "dry_run", "paths", "eval_paths", "resume_or_start", "accept_changes", "sources", "rescue",
+    "dry_run", "paths", "eval_paths", "resume_or_start", "accept_changes", "sources", "rescue", "missing",
 }  # fmt: skip
 
 
-def need(condition, what: str, advice: str = "") -> None:
+class Missing(UsageError):
+    """What is asked for is right, but not on this machine: --dry-run goes on."""
+
+
+def need(condition, what: str, advice: str = "", error=UsageError) -> None:
     """Unless the condition holds, the program ends with "what; advice" and exit code 2."""
     if not condition:
-        raise UsageError(what + (f"; {advice}" if advice else ""))
+        raise error(what + (f"; {advice}" if advice else ""))
 
 
 # ---- flags -------------------------------------------------------------------
@@ -71,6 +80,9 @@ class _Help(argparse.HelpFormatter):
         text = (action.help or "").replace("%", "%%")
         plain = action.default is None or action.default in ("", []) or action.dest in ("help", "dry_run")
         return text if plain else text + " [%(default)s]"
+
+    def _fill_text(self, text, width, indent):
+        return "\n".join(textwrap.fill(line, width, subsequent_indent="      ") for line in text.split("\n"))
 
 
 class _Parser(argparse.ArgumentParser):
@@ -84,6 +96,21 @@ def make_parser(doc: str, method: str) -> argparse.ArgumentParser:
     parser = _Parser(f"{method}.py", "%(prog)s [flags]", title, formatter_class=lambda prog: _Help(prog, width=110))
     parser.limits = {}  # flag: what its number may be, see flags()
     return parser
+
+
+def list_presets(script: Path, presets: dict) -> str:
+    """The presets, each with the comment above it in the script, for --help."""
+    said, comment, names = ["presets:"], "", []
+    lines = script.read_text(encoding="utf-8").split("\nPRESETS")[-1].split("\n}")[0].split("\n")[1:]
+    for line in [*lines, "# end"]:
+        name = re.match(r'    "([^"]+)": ', line)
+        if name and name[1] in presets:
+            names.append(name[1])
+        elif line.strip().startswith("# "):
+            if names:
+                said, comment, names = [*said, f"  {', '.join(names)}: {comment}"], "", []
+            comment = f"{comment} {line.strip()[2:]}".strip()
+    return "\n".join([*said, "each value's source, and what has been run: docs/recipes.md"])
 
 
 def flags(parser, group: str):
@@ -135,11 +162,6 @@ def check_limits(parser, args) -> None:
 
 def add_args(parser) -> None:
     """The flag groups that all five trainers share; a method's own group is in its script."""
-    for group in (reward_flags, sampling_flags, optimisation_flags, model_flags, run_flags):
-        group(parser)
-
-
-def reward_flags(parser) -> None:
     flag = flags(parser, "reward")
     flag("--reward", "hpsv2", "text", "r: name, weighted sum 'a=1,b=0.5', or 'module:function' of your own")
     flag("--reward-path", [], "text", "local weights of the rewards' models", nargs="*", metavar="[NAME=]PATH")
@@ -152,8 +174,6 @@ def reward_flags(parser) -> None:
          "training prompts c: .txt (one a line) or .jsonl files, comma-separated (VMPO: HPDv2, App. D)")  # fmt: skip
     flag("--eval-prompts", "", "text", "held-out prompts of the evaluation; default: the training prompts")
 
-
-def sampling_flags(parser) -> None:
     flag = flags(parser, "sampling")
     flag("--num-prompts", 128, "int >= 1", "P: prompts per epoch, over all GPUs (VMPO: 128 trajectories, App. D)")
     flag("--group-size", 1, "int >= 1", "K: images per prompt (VMPO Eq. 5; the amortised mean needs only 1)")
@@ -167,8 +187,6 @@ def sampling_flags(parser) -> None:
     flag("--resolution", None, "int >= 1", "pixels per side (papers: 512, the default); other models: their own")
     flag("--max-sequence-length", 256, "int >= 1", "length of SD3.5's and FLUX's T5 part of the text (Flow-GRPO: 128)")
 
-
-def optimisation_flags(parser) -> None:
     flag = flags(parser, "optimisation")
     flag("--epochs", 150, "int >= 1", "rollout-update rounds (VMPO: 150, App. D)")
     flag("--updates-per-epoch", 2, "int >= 1", "optimiser steps per rollout (VMPO: 2, App. D)")
@@ -188,8 +206,6 @@ def optimisation_flags(parser) -> None:
     flag("--ratio-tolerance", None, "float > 0 or inf",
          "largest |log ratio| right after a rollout; default 1e-4, float16 3e-4, bfloat16 3e-3")  # fmt: skip
 
-
-def model_flags(parser) -> None:
     flag = flags(parser, "model")
     flag("--model", "sd15", "text", f"{', '.join(MODELS)}, a hub id or a folder in diffusers format")
     flag("--lora-rank", 4, "int >= 1", "r (VMPO: 4 for SD1.5, 32 for SD3.5, App. D)")
@@ -207,10 +223,8 @@ def model_flags(parser) -> None:
     flag("--vae-dtype", "float32", ["float32", "bfloat16"], "of the decoder (bfloat16: docs/speed.md)")
     flag("--device", "auto", "text", "auto, cpu, cuda, cuda:N")
 
-
-def run_flags(parser) -> None:
     flag = flags(parser, "run")
-    flag("--preset", "", "text", "a paper's experiment: see the top of the script; explicit flags win")
+    flag("--preset", "", "text", "a paper's experiment, see the end of this help; explicit flags win")
     flag("--seed", 0, "int", "of everything that is random")
     flag("--runs", "runs", "text", "folder in which the run folder is made")
     flag("--name", "", "text", "name of the run folder; default METHOD_REWARD_sSEED_TIME")
@@ -235,6 +249,7 @@ def parse(parser, presets: dict[str, dict], argv, rewards, check, sizes) -> argp
     `check(args)` raises UsageError for what only this method knows, `sizes(args)` are its lines of --dry-run, and
     `rewards` is the module of that name, whose checks come after the cheap ones.
     """
+    parser.epilog = list_presets(HERE / parser.prog, presets)
     defaults = vars(parser.parse_args([]))
     unset = object()
     given = vars(parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(defaults, unset))))
@@ -259,6 +274,7 @@ def parse(parser, presets: dict[str, dict], argv, rewards, check, sizes) -> argp
         check_args(args)
         check(args)
         if args.dry_run:
+            what_is_missing(args, rewards)
             print_sizes(args, sizes(args))
             raise SystemExit(0)
         rewards.check_args(args)
@@ -267,6 +283,15 @@ def parse(parser, presets: dict[str, dict], argv, rewards, check, sizes) -> argp
     except (UsageError, rewards.UsageError) as problem:
         parser.error(str(problem))
     return args
+
+
+def what_is_missing(args, rewards) -> None:
+    """Adds the weights, packages and servers that a run needs and that are not here to args.missing."""
+    for check in (rewards.check_args, check_model):
+        try:
+            check(args)
+        except (Missing, rewards.Missing) as problem:
+            args.missing.append(str(problem))
 
 
 def resumed_args(method: str, args, explicit: dict) -> argparse.Namespace:
@@ -367,10 +392,11 @@ def check_args(args) -> None:
     check_processes(args)
     use_model(args)
     check_sampler(args)
-    args.prompt_list = args.eval_prompt_list = load_prompts(args.prompts)
+    args.missing = []
+    args.prompt_list = args.eval_prompt_list = prompts_of(args, "prompts")
     if args.eval_prompts:
-        args.eval_prompt_list = load_prompts(args.eval_prompts, "--eval-prompts")
-    if len(args.prompt_list) < args.num_prompts:
+        args.eval_prompt_list = prompts_of(args, "eval_prompts")
+    if 0 < len(args.prompt_list) < args.num_prompts:
         have = f"--prompts has {len(args.prompt_list)} prompts, fewer than --num-prompts {args.num_prompts}"
         print(f"note: {have}; they repeat within an epoch")
     plain = args.name == Path(args.name).name != ".." and len(args.name.encode()) <= 200
@@ -453,11 +479,25 @@ def warn_of_clip_range(args) -> None:
         print(f"warning: {what}; with --logprob-reduce sum the same range is {same}")
 
 
+def prompts_of(args, flag: str) -> list[common.Prompt]:
+    """The prompts of a flag.  A dry run goes on without a list that cannot be shipped, and says so."""
+    try:
+        return load_prompts(getattr(args, flag), "--" + flag.replace("_", "-"))
+    except Missing as problem:
+        if not args.dry_run:
+            raise
+        args.missing.append(str(problem))
+        return []
+
+
 def load_prompts(paths: str, flag: str = "--prompts") -> list[common.Prompt]:
     """Comma-separated .txt (a prompt a line) and .jsonl files ({"prompt": ...} a line); UsageError if none."""
     found: list[tuple[str, dict]] = []
     for name in paths.split(","):
         path = source("prompts", name)
+        elsewhere = path.name in NOT_SHIPPED and path.parent == HERE / "prompts"
+        fetch = f"prompts/README.md has the line that fetches it, or give another {flag}"
+        need(path.is_file() or not elsewhere, f"{flag} {name} is not shipped with this repository", fetch, Missing)
         give = "give a .txt file with one prompt a line or a .jsonl file (see prompts/README.md)"
         need(path.is_file(), f"{flag} {name or '(empty)'} does not exist", give)
         try:
@@ -526,14 +566,14 @@ def require_hub(repo: str, what: str, file: str = "model_index.json") -> None:
         raise UsageError(f"{what} is no valid hub id: {problem}") from None
     advice = "put the files in a folder and pass its path, or use the embedded model: --preset tiny (no download)"
     absent = f"{what} ({repo}) is not in the local cache and"
-    need(os.environ.get("HF_HUB_OFFLINE", "0") in ("0", ""), f"{absent} HF_HUB_OFFLINE is set", advice)
+    need(os.environ.get("HF_HUB_OFFLINE", "0") in ("0", ""), f"{absent} HF_HUB_OFFLINE is set", advice, Missing)
     try:
         huggingface_hub.HfApi().model_info(repo, timeout=4)
     except HfHubHTTPError as problem:
         answer = f"the hub answered {problem.response.status_code} for {repo}; check the name or log in"
-        raise UsageError(f"{what}: {answer}; {advice}") from None
+        raise Missing(f"{what}: {answer}; {advice}") from None
     except Exception:  # of whichever HTTP library the hub's client stands on
-        raise UsageError(f"{absent} the hub cannot be reached; {advice}") from None
+        raise Missing(f"{absent} the hub cannot be reached; {advice}") from None
 
 
 def check_model(args) -> None:
@@ -617,5 +657,5 @@ def print_sizes(args, rows: dict[str, str]) -> None:
         lines["memory for the denoiser"] = f"{half}, {full}"
     if args.model in ACTIVATIONS:
         lines["memory for its activations"] = activation_memory(args)
-    for key, value in lines.items():
+    for key, value in [*lines.items(), *(("missing here", what) for what in args.missing)]:
         print(f"{key:42s} {value}")

@@ -590,7 +590,8 @@ def check(args):
     ahead, model = args.guidance == "lookahead", args.lookahead_model
     for name, _ in rewards.parse_spec(args.reward):
         what = f"--reward {name} has no gradient, and {method} is a first-order method"
-        use = "use e.g. hpsv2 or clipscore, or a zeroth-order trainer (grpo.py)"
+        own = f"if gradients pass, set {name.partition(':')[2]}.differentiable = True in its module; else"
+        use = f"{own if ':' in name else 'use e.g. hpsv2 or clipscore, or'} use a zeroth-order trainer (grpo.py)"
         need(rewards.is_differentiable(name), f"{what}; {use}")
     gaps = "--skip-failed does not go with first-order methods, which need the gradient of every reward"
     need(not args.skip_failed, f"{gaps}; leave it out")

@@ -36,6 +36,10 @@ class UsageError(ValueError):
     """Bad input: what was given, what is expected, what to do."""
 
 
+class Missing(UsageError):
+    """What is asked for is right, but its weights, package or server are not here."""
+
+
 class NoScore(ValueError):
     """A judge's answers hold no score for some of the samples; scores (n,): nan there."""
 
@@ -377,12 +381,13 @@ def _check_missing(name: str, path: str, missing) -> None:
     repo = missing[0][0]
     files = ", ".join(f"{names[0]} of {repo}" for repo, names in missing)
     beside = ", with the tokenizer in a folder `tokenizer` beside it" if form == "FILE" else ""
-    embedded = "task: --reward shapes --model tiny-sd35" if name in CARDS else f"CLIP: {name}=tiny/clip"
+    embedded = "task, --preset tiny" if name in CARDS else f"CLIP, {name}=tiny/clip"
     need(
         not problem,
         f"{_named(name)} needs weights that are neither given nor in the local hub cache ({files}), and not to "
         f"be had from the hub ({problem}): fetch them elsewhere (hf download {repo}) and pass --reward-path "
         f"{name}={form}{beside}; or take the embedded {embedded}",
+        Missing,
     )
 
 
@@ -418,15 +423,15 @@ def check_packages(name: str) -> None:
     packages = (CARDS | DIVERSITY)[name].packages
     absent = ", ".join(p for p in packages if importlib.util.find_spec(p) is None)
     line = " ".join(PIP.get(p, p) for p in packages)
-    need(not absent, f"{_named(name)} needs the package {absent}: pip install {line}")
+    need(not absent, f"{_named(name)} needs the package {absent}: pip install {line}", Missing)
 
 
 # ---- check and load ---------------------------------------------------------
-def check(spec: str, paths=None, prompts: list[str] | None = None, metadata=None, lines=None) -> None:
+def check(spec: str, paths=None, prompts: list[str] | None = None, metadata=None, lines=None, flag="") -> None:
     """UsageError for everything that can be found without loading a model, in well under a second.
 
     metadata: the prompts' JSON objects, {} for a prompt without; None leaves them unchecked.
-    lines: the prompts' line numbers in their file, for messages; None counts from 1.
+    lines: the prompts' line numbers in their file, for messages; None counts from 1.  flag: that gave them.
     """
     for name, path in _assign_paths(parse_spec(spec), paths).items():
         if name not in CARDS:
@@ -440,8 +445,8 @@ def check(spec: str, paths=None, prompts: list[str] | None = None, metadata=None
             try:
                 suits(prompt)
             except ValueError as e:
-                line = lines[i] if lines else i + 1
-                raise UsageError(f"reward {name!r} cannot score line {line} of the prompts: {e}") from e
+                line, of = lines[i] if lines else i + 1, f" (--{flag})" * bool(flag)
+                raise UsageError(f"reward {name!r} cannot score line {line} of the prompts{of}: {e}") from e
 
 
 def check_args(args) -> None:
@@ -454,13 +459,13 @@ def check_args(args) -> None:
     trained, scored = ({name for name, _ in parse_spec(spec)} if spec else set() for spec in specs)
     args.paths = {k: p for k, p in paths.items() if k in trained or k not in scored}
     args.eval_paths = {k: p for k, p in paths.items() if k in scored}
-    uses = [(args.reward, args.paths, args.prompt_list)]
+    own, held = args.prompt_list, args.eval_prompt_list
+    uses, flag = [(args.reward, args.paths, own, "prompts")], "prompts" if held is own else "eval-prompts"
     if args.eval_images:
-        uses.append((args.reward, args.paths, args.eval_prompt_list))
-        uses.append((args.eval_rewards, args.eval_paths, args.eval_prompt_list))
-    for spec, paths, prompts in uses:
+        uses += [(args.reward, args.paths, held, flag), (args.eval_rewards, args.eval_paths, held, flag)]
+    for spec, paths, prompts, flag in uses:
         if spec:
-            check(spec, paths, [p.text for p in prompts], [p.metadata for p in prompts])
+            check(spec, paths, [p.text for p in prompts], [p.metadata for p in prompts], None, flag)
     if is_grouped(args.reward):
         alone = f"--reward {args.reward} compares the images of a prompt, --group-size is {args.group_size}"
         need(args.group_size > 1, f"{alone}; use 2 or more")

@@ -95,12 +95,13 @@ PRESETS = {
     "rsm-geneval": GENEVAL | RSM | dict(
         profile="6,6,8,10", anchor_beta=0.004, ema_repeats=7, note=f"{EPOCHS}, {OURS}",
     ),
-    # RSM, SD1.5: PCPO on whole stochastic trajectories, its redesign with sparse branching
+    # RSM, SD1.5: PCPO on whole stochastic trajectories
     "pcpo-sd15-hpsv2": SD15 | dict(
         branching="tree", tree_splits="", group_size=16, adv_eps=1e-8, train_fraction=0.98,
         tail="sde", mask="none", note=f"{HPD}, updates of random transitions (theirs: of whole images)",
     ),
-    # its 5 trunks a prompt start from one x_T, hence are one; .8 = 80 anchors / 100 micro-batches
+    # RSM, SD1.5: PCPO's redesign with sparse branching; its 5 trunks a prompt start from one
+    # x_T, hence are one; .8 = 80 anchors / 100 micro-batches
     "rsm-sd15-hpsv2": SD15 | dict(
         group_size=1, profile="0:20,10:20,20:20,30:20,40:20", anchor_beta=8e-5,
         anchor_form="pcpo", anchor_max_ratio=0.1, anchor_first=0.8,

@@ -506,7 +506,8 @@ def check(args):
     need(not singly or not rewards.is_grouped(args.reward), apart, "use --objective vmpo, --diff-reward rollout")
     for name, _ in rewards.parse_spec(args.reward) if gradient else ():
         what = f"--objective {objective} needs a differentiable reward and {name} is not one"
-        need(rewards.is_differentiable(name), what, "use e.g. clipscore, hpsv2 or imagereward")
+        own = f"if gradients pass, set {name.partition(':')[2]}.differentiable = True in its module"
+        need(rewards.is_differentiable(name), what, own if ":" in name else "use e.g. clipscore, hpsv2 or imagereward")
     if objective == "ppo":
         harness.warn_of_clip_range(args)
 

@@ -25,7 +25,7 @@ from urllib.parse import urlsplit
 import requests
 import urllib3
 
-from rewards import UsageError, need, pixels, within
+from rewards import Missing, UsageError, need, pixels, within
 
 # seconds, times, seconds, requests at a time, images of a request, times that an answer without a score is asked again
 HTTP = {"timeout": 120.0, "tries": 8, "wait": 1.0, "workers": 8, "batch": 8, "retries": 2}
@@ -92,7 +92,8 @@ def check_url(name: str, path: str) -> None:
     address = parts.hostname, parts.port or {"http": 80, "https": 443}[parts.scheme]
     # no request: a server that is busy with another run's images accepts, but would not answer in time
     problem = within(4, lambda: socket.create_connection(address, timeout=4).close())
-    need(not problem, f"reward {name!r}: no server at {path} ({problem}); start it, or correct --reward-path")
+    absent = f"reward {name!r}: no server at {path} ({problem}); start it, or correct --reward-path"
+    need(not problem, absent, Missing)
 
 
 # ---- transport --------------------------------------------------------------

@@ -1,7 +1,9 @@
 """The scripts as a user starts them: help, wrong flags, missing weights, Ctrl-C, a kill and a resume, a fork."""
 
+import importlib
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -11,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+import arguments
 import awm
 import eval as evaluation
 import export
@@ -272,16 +275,6 @@ def readme_commands():
     return [line for line in documented(TRAINERS) if not re.search(r"runs/NAME|OUT|\.\.\.|--help", line[1])]
 
 
-UNSHIPPED = {"sd15-imagereward": "drawbench.txt", "geneval": "geneval_train.jsonl", "pickscore": "pickscore_train.txt",
-             "ocr": "ocr_train.txt", "sd35-ocr-release": "ocr_train.txt", "flowgrpo-fast": "geneval_train.jsonl",
-             "guard": "ocr_train.txt"}  # fmt: skip
-
-
-def unshipped(preset):
-    """The prompt file that a preset needs and that cannot be redistributed, or None."""
-    return UNSHIPPED.get(preset) or UNSHIPPED.get(preset.rsplit("-", 1)[-1])
-
-
 def parsed(script, flags, monkeypatch, folder=ROOT):
     monkeypatch.chdir(folder)
     with pytest.raises(SystemExit) as stop:
@@ -291,11 +284,12 @@ def parsed(script, flags, monkeypatch, folder=ROOT):
 
 @pytest.mark.parametrize("name, flags", readme_commands())
 def test_commands_in_the_documentation_parse(name, flags, monkeypatch, capsys, tmp_path):
-    flags = flags.split()
-    if "--preset" in flags and "--prompts" not in flags and unshipped(flags[flags.index("--preset") + 1]):
-        flags += ["--prompts", "prompts/ocr_test.txt", "--eval-prompts", ""]
+    flags = shlex.split(flags)
     (tmp_path / "mine.jsonl").write_text('{"prompt": "a file of the reader"}\n')
     (tmp_path / "mine.txt").write_text("a file of the reader\n")
+    (tmp_path / "my_module.py").write_text(
+        "def my_reward(images, prompts, metadata):\n    return images.mean((1, 2, 3))\n"
+    )
     (tmp_path / "my_sd15").symlink_to(ROOT / "tiny" / "sd15")
     assert parsed(TRAINERS[name], flags, monkeypatch, tmp_path) == 0, capsys.readouterr().err
 
@@ -314,18 +308,81 @@ def test_flags_in_the_documentation_exist(monkeypatch, capsys):
         assert not set(re.findall(r"(?<!\S)--[a-z0-9-]+", flags)) - known[name], (name, flags)
 
 
-PRESETS = [(script, preset) for script in SCRIPTS for preset in script.PRESETS]
+PRESETS = [(script, preset) for script in TRAINERS.values() for preset in script.PRESETS]
+NAMED = pytest.mark.parametrize("script, preset", PRESETS, ids=lambda x: x if isinstance(x, str) else x.__name__)
 
 
-@pytest.mark.parametrize("script, preset", PRESETS, ids=lambda x: x if isinstance(x, str) else x.__name__)
-def test_presets_parse_and_name_the_prompt_file_that_cannot_be_shipped(script, preset, monkeypatch, capsys):
-    code = parsed(script, ["--preset", preset], monkeypatch)
-    if unshipped(preset) is None:
-        assert code == 0
-        return
-    assert code == 2 and unshipped(preset) in capsys.readouterr().err
-    flags = ["--preset", preset, "--prompts", "prompts/ocr_test.txt", "--eval-prompts", ""]
-    assert parsed(script, flags, monkeypatch) == 0
+def not_here(script, preset, monkeypatch):
+    """The prompt lists of a preset that are not in this repository."""
+    seen = []
+    with monkeypatch.context() as patch:
+        patch.setattr(arguments, "check_limits", lambda parser, args: seen.append(args) or arguments.need(False, ""))
+        with pytest.raises(SystemExit):
+            script.parse_args(["--preset", preset])
+    args = seen[0]
+    names = {name for flag in (args.prompts, args.eval_prompts) for name in flag.split(",") if name}
+    return {name for name in names if not (ROOT / name).exists()}
+
+
+@NAMED
+def test_presets_dry_run_and_name_the_prompt_lists_that_cannot_be_shipped(script, preset, monkeypatch, capsys):
+    absent = not_here(script, preset, monkeypatch)
+    assert parsed(script, ["--preset", preset], monkeypatch) == 0
+    missing = [line for line in capsys.readouterr().out.splitlines() if line.startswith("missing here")]
+    assert {name for name in absent if any(name in line for line in missing)} == absent
+    assert bool(absent) == any("prompts/README.md" in line for line in missing)
+    page = (ROOT / "prompts" / "README.md").read_text()
+    for name in absent:  # the real run names the first, and the page has its line
+        assert re.search(rf"^curl .*{name}$", page, re.M)
+    if absent:
+        with pytest.raises(SystemExit) as stop:
+            script.parse_args(["--preset", preset])
+        assert stop.value.code == 2 and any(name in capsys.readouterr().err for name in absent)
+
+
+def test_a_dry_run_checks_rewards_and_model(monkeypatch, capsys, tmp_path):
+    (tmp_path / "plain.py").write_text("def r(images, prompts, metadata):\n    return images.mean((1, 2, 3))\n")
+    tiny = ["--preset", "tiny", "--group-size", "2"]
+    for wrong, word in (
+        ("--reward hpsv3", "unknown reward"), ("--prompts none.txt", "none.txt"), ("--reward plain:s", "plain"),
+        ("--prompts prompts/simple_animals.txt", "(--prompts)"),
+        ("--eval-prompts prompts/simple_animals.txt", "(--eval-prompts)"),
+    ):  # fmt: skip
+        assert parsed(vmpo, [*tiny, *wrong.split()], monkeypatch, tmp_path) == 2
+        assert word in capsys.readouterr().err, wrong
+    assert parsed(vmpo, [*tiny, "--reward", "hpsv2", "--model", "sd15"], monkeypatch, tmp_path) == 0
+    missing = [line for line in capsys.readouterr().out.splitlines() if line.startswith("missing here")]
+    assert len(missing) == 2 and "HPS_v2.1" in missing[0] and "stable-diffusion-v1-5" in missing[1]
+    assert parsed(vmpo, tiny, monkeypatch, tmp_path) == 0
+    assert "missing here" not in capsys.readouterr().out
+
+
+def test_advice_is_right_when_followed(monkeypatch, capsys, tmp_path):
+    """The missing reward's --preset tiny runs; a custom reward without a gradient is told how to say that it has."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit):
+        vmpo.parse_args(["--preset", "sd15-hpsv2"])
+    advice = re.search(r"embedded task, (--preset \w+)", capsys.readouterr().err)[1].split()
+    assert vmpo.parse_args([*advice, "--runs", str(tmp_path)]).reward == "shapes"
+    text = "def r(images, prompts, metadata):\n    return images.mean((1, 2, 3))\n"
+    for script, flags in ((first_order_rsm, ["--reward-path"]), (vmpo, ["--objective", "gradient"])):
+        module = f"graded_{script.__name__}"
+        (tmp_path / f"{module}.py").write_text(text)
+        assert parsed(script, ["--preset", "tiny", "--reward", f"{module}:r", *flags], monkeypatch, tmp_path) == 2
+        assert "set r.differentiable = True in its module" in capsys.readouterr().err
+        (tmp_path / f"{module}.py").write_text(text + "r.differentiable = True\n")
+        sys.modules.pop(module), importlib.invalidate_caches()
+        assert parsed(script, ["--preset", "tiny", "--reward", f"{module}:r", *flags], monkeypatch, tmp_path) == 0
+
+
+@pytest.mark.parametrize("script", TRAINERS.values(), ids=lambda script: script.__name__)
+def test_help_says_what_each_preset_is(script, monkeypatch, capsys):
+    with pytest.raises(SystemExit):
+        script.parse_args(["--help"])
+    end = re.sub(r"\n {6}", " ", capsys.readouterr().out.split("\npresets:\n")[1])
+    lines = [line.split(": ", 1) for line in end.splitlines() if line.startswith("  ")]
+    assert [name for names, _ in lines for name in names.strip().split(", ")] == list(script.PRESETS)
+    assert all(len(what) > 20 for _, what in lines)
 
 
 def anchors(page):

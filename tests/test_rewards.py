@@ -960,7 +960,7 @@ def message(spec, paths=None, prompts=None, metadata=None, lines=None):
     ],
 )
 def test_missing_weights_say_what_where_and_what_else(empty_cache, name, words):
-    for word in [f"reward '{name}'", "HF_HUB_OFFLINE is set", "--reward shapes --model tiny-sd35", *words]:
+    for word in [f"reward '{name}'", "HF_HUB_OFFLINE is set", "--preset tiny", *words]:
         assert word in message(name)
 
 
@@ -1002,9 +1002,9 @@ def test_check_args_gives_every_reward_its_prompts_and_paths(clip_folder, monkey
     assert args.paths == {"clipscore": "x"} and args.eval_paths == {"pickscore": "y"}
     args.reward_path = args.reward_path[:2]
     assert seen == [
-        ("clipscore", args.paths, ["a", "b"], [{}, {"tag": 1}]),
-        ("clipscore", args.paths, ["c"], [{"tag": 2}]),
-        ("pickscore=1,jpeg=1", args.eval_paths, ["c"], [{"tag": 2}]),
+        ("clipscore", args.paths, ["a", "b"], [{}, {"tag": 1}], None, "prompts"),
+        ("clipscore", args.paths, ["c"], [{"tag": 2}], None, "eval-prompts"),
+        ("pickscore=1,jpeg=1", args.eval_paths, ["c"], [{"tag": 2}], None, "eval-prompts"),
     ]
     args.eval_images, seen[:] = 0, []
     rewards.check_args(args)
