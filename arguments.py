@@ -211,6 +211,7 @@ def add_args(parser) -> None:
     flag("--lora-rank", 4, "int >= 1", "r (VMPO: 4 for SD1.5, 32 for SD3.5, App. D)")
     flag("--lora-alpha", 4, "float > 0", "alpha (VMPO: 4 for SD1.5, 64 for SD3.5, App. D)")
     flag("--lora-targets", "attention", "text", "attention (papers), attention+mlp, or endings of layer names")
+    flag("--init-lora", "", "text", "starts from this run's LoRA; the reference stays the --model", metavar="RUN")
     flag("--dtype", "auto", ["auto", "float32", "bfloat16", "float16"], "of the base; LoRA and losses are float32")
     flag("--t5", True, "yes/no", "load SD3.5's T5 text encoder (9.5 GB in bf16)")
 
@@ -392,6 +393,7 @@ def check_args(args) -> None:
     check_processes(args)
     use_model(args)
     check_sampler(args)
+    check_init_lora(args)
     args.missing = []
     args.prompt_list = args.eval_prompt_list = prompts_of(args, "prompts")
     if args.eval_prompts:
@@ -456,6 +458,35 @@ def check_sampler(args) -> None:
     left = f"--train-fraction {args.train_fraction} of {steps} steps is {train}"
     need(1 <= train <= steps, left, f"it must leave 1 to {steps}")
     args.eval_steps, args.eval_cfg = args.eval_steps or steps, args.cfg if args.eval_cfg is None else args.eval_cfg
+
+
+def check_init_lora(args) -> None:
+    """--init-lora is a LoRA of this rank; a resumed run has its own copy."""
+    if not args.init_lora or args.resume:
+        return
+    from safetensors import SafetensorError, safe_open
+
+    file, what = checkpoints.lora_file(args.init_lora), f"--init-lora {args.init_lora}"
+    need(
+        file, f"{what} holds no LoRA", "give a run folder, one of its checkpoints, or a LoRA file in diffusers' format"
+    )
+    try:
+        with safe_open(file, "pt") as f:
+            ranks = {f.get_slice(key).get_shape()[0] for key in f.keys() if ".lora_A." in key}
+            other = [key for key in f.keys() if not key.startswith(f"{args.backbone.part}.")]
+    except SafetensorError as problem:
+        raise UsageError(f"{what}: {file} is no safetensors file ({problem}); give a run folder") from None
+    need(
+        ranks and not other,
+        f"{what} is no LoRA of {args.model}'s {args.backbone.part}",
+        "give one in diffusers' format",
+    )
+    rank = ", ".join(map(str, sorted(ranks)))
+    need(
+        ranks == {args.lora_rank},
+        f"{what} has rank {rank}, --lora-rank is {args.lora_rank}",
+        f"use --lora-rank {rank}",
+    )
 
 
 def check_updates(args, rows: int, what: str = "transitions") -> None:

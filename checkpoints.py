@@ -156,6 +156,15 @@ def prune(run_dir: Path, keep: int) -> None:
         shutil.rmtree(old)
 
 
+LORA = "pytorch_lora_weights.safetensors"
+
+
+def lora_file(given: str | Path) -> Path | None:
+    """The LoRA of a run folder (its last checkpoint), of a checkpoint's folder, or the file itself."""
+    place = Path(given)
+    return next((f for f in (place / "checkpoints" / "last" / LORA, place / LORA, place) if f.is_file()), None)
+
+
 def by_epoch(run_dir: Path) -> list[Path]:
     """The checkpoints of a run, the newest first."""
     found = (Path(run_dir) / "checkpoints").glob("epoch_*[0-9]")

@@ -348,6 +348,25 @@ def export_lora(policy: Policy, folder, about: dict | None = None) -> None:
     os.chmod(f"{folder}/{file}", 0o644)  # safetensors writes for the owner only
 
 
+def import_lora(policy: Policy, weights: dict[str, torch.Tensor]) -> str:
+    """Sets the adapter to what export_lora() wrote, alpha / rank taken out of B; what does not fit, or ""."""
+    from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
+
+    config = policy.net.peft_config["default"]
+    weights = {key.removeprefix(f"{policy.backbone.part}."): value.float() for key, value in weights.items()}
+    own = get_peft_model_state_dict(policy.net, adapter_name="default")
+    if other := sorted(own.keys() ^ weights.keys()):
+        return (
+            f"the layers are not the same ({len(own)} and {len(weights)} weights; {other[0]} is in one of them alone)"
+        )
+    if other := [key for key in own if own[key].shape != weights[key].shape]:
+        return f"{other[0]} is {tuple(weights[other[0]].shape)}, this model's is {tuple(own[other[0]].shape)}"
+    scale = config.lora_alpha / config.r
+    weights = {key: value / scale if ".lora_B." in key else value for key, value in weights.items()}
+    set_peft_model_state_dict(policy.net, weights, adapter_name="default")
+    return ""
+
+
 def sinusoid(t: torch.Tensor, width: int = 256) -> torch.Tensor:
     """(B,) times in [0, 1] -> (B, width) features."""
     frequency = torch.exp(-math.log(1e4) * torch.arange(width // 2, device=t.device) / (width // 2))

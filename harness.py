@@ -57,6 +57,8 @@ from arguments import (  # noqa: F401  (a trainer knows harness alone)
 from checkpoints import complete, write_json
 from common import UsageError, all_reduce, gather
 
+INIT = "init_lora.safetensors"  # a run's copy of --init-lora
+
 WATCHED = 32  # transitions of an epoch and held-out images whose distance to the reference is for the log alone
 # how far a log ratio may be from 0 at the start by rounding alone, some ten times what was measured: docs/vmpo.md
 ROUNDING = {torch.float32: 1e-4, torch.float16: 3e-4, torch.bfloat16: 3e-3}
@@ -193,6 +195,8 @@ def make_folder(args, run: Run) -> None:
     for kind, _, path, _ in args.sources:
         if kind == "reward":
             shutil.copy(path, run.dir)
+    if args.init_lora:
+        shutil.copy(checkpoints.lora_file(args.init_lora), run.dir / INIT)
     write_args(args, run)  # last: with it the folder is a run
 
 
@@ -260,7 +264,14 @@ def load_policy(args, run: Run) -> common.Policy:
 def add_lora(policy, args) -> list[nn.Parameter]:
     """theta: the trainable adapter's weights."""
     check_lora_targets(policy.net, args)
-    return common.add_lora(policy, lora_targets(args), args.lora_rank, args.lora_alpha, args.seed)
+    theta = common.add_lora(policy, lora_targets(args), args.lora_rank, args.lora_alpha, args.seed)
+    if args.init_lora:
+        from safetensors.torch import load_file
+
+        file = Path(args.run_dir) / INIT if args.resume else checkpoints.lora_file(args.init_lora)
+        problem = common.import_lora(policy, load_file(file))
+        need(not problem, f"--init-lora {args.init_lora}: {problem}", "use that run's --model and --lora-targets")
+    return theta
 
 
 def make_optimiser(args, run: Run, theta: list[nn.Parameter], *others) -> common.Optimiser:
@@ -729,6 +740,7 @@ def header(args, run: Run, epoch: int) -> dict:
     """What a LoRA file says of itself."""
     about = {"method": run.method, "base_model": args.model, "preset": args.preset, "reward": args.reward}
     about |= {"seed": args.seed, "epoch": epoch, "rank": args.lora_rank, "trained_alpha": args.lora_alpha}
+    about |= {"init_lora": args.init_lora} if args.init_lora else {}
     about["alpha"] = args.lora_rank  # alpha / rank is folded into B: 1 is left
     about["command"] = (run.dir / "command.txt").read_text().strip()
     about["commit"] = json.loads((run.dir / "versions.json").read_text())["git"]

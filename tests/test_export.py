@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -12,7 +13,9 @@ from peft import PeftModel
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+import common
 import export
+import grpo
 import vmpo
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -146,3 +149,56 @@ def test_the_block_of_docs_use(run, tmp_path, monkeypatch):
     one.load_lora_weights(str(folder / "checkpoints" / "last"), adapter_name="a")
     one.set_adapters("a", adapter_weights=0.45)
     assert torch.allclose(images(one), both, atol=1e-5)
+
+
+def lora_of(folder):
+    return load_file(folder / OWN)
+
+
+@pytest.mark.parametrize("given", ["run", "run/checkpoints/epoch_0002", f"run/{OWN}"])
+def test_init_lora_starts_where_the_other_run_ended(tmp_path, given):
+    """With another alpha and another trainer: the same held-out scores and LoRA; two epochs on, it is resumable."""
+    small = "--preset tiny-sd15 --num-prompts 2 --group-size 2 --steps 3 --eval-images 4 --sample-every 0".split()
+    small += ["--lora-rank", "3", "--ema-decay", "0", "--runs", str(tmp_path)]
+    vmpo.main(vmpo.parse_args([*small, "--lora-alpha", "7", "--lr", "0.05", "--epochs", "2", "--name", "run"]))
+    more = [*small, "--lora-alpha", "2", "--init-lora", str(tmp_path / given), "--save-every", "1"]
+    grpo.main(grpo.parse_args([*more, "--epochs", "1", "--lr", "1e-12", "--name", "on"]))
+    wanted, found = (lora_of(tmp_path / name) for name in ("run", "on"))
+    assert wanted.keys() == found.keys() and max(v.abs().max() for k, v in wanted.items() if "lora_B" in k) > 0.01
+    assert all(torch.allclose(found[key], wanted[key], atol=1e-6) for key in wanted)
+    scores = [json.loads((tmp_path / f).read_text()) for f in ("run/eval/epoch_0002.json", "on/eval/epoch_0000.json")]
+    before = json.loads((tmp_path / "run" / "eval" / "epoch_0000.json").read_text())["reward"]
+    assert scores[0]["reward"] == pytest.approx(scores[1]["reward"], abs=1e-3) != pytest.approx(before, abs=1e-3)
+    rows = (tmp_path / "on" / "metrics.csv").read_text().splitlines()
+    kl = dict(zip(rows[0].split(","), rows[2].split(",")))["kl/ref"]
+    assert float(kl) > 0  # the reference is the model, not the LoRA
+    shutil.rmtree(tmp_path / "run")  # a resumed run needs its own copy alone
+    grpo.main(grpo.parse_args(["--resume", str(tmp_path / "on"), "--epochs", "2"]))
+    shutil.rmtree(tmp_path / "on" / "checkpoints")
+    grpo.main(grpo.parse_args(["--resume", str(tmp_path / "on"), "--epochs", "2"]))
+    assert all(torch.allclose(lora_of(tmp_path / "on")[key], wanted[key], atol=1e-6) for key in wanted)
+
+
+@pytest.mark.parametrize("wrong", ["nothing", "rank", "no LoRA", "other model", "layers"])
+def test_an_init_lora_that_does_not_fit_is_one_sentence(tmp_path, capsys, wrong):
+    shape = {"unet.a.lora_A.weight": torch.zeros(3, 4), "unet.a.lora_B.weight": torch.zeros(4, 3)}
+    weights = {"other model": {"transformer" + key[4:]: value for key, value in shape.items()}}.get(wrong, shape)
+    file, words = tmp_path / "given.safetensors", {
+        "nothing": "holds no LoRA", "rank": "has rank 3, --lora-rank is 5; use --lora-rank 3",
+        "no LoRA": "is no safetensors file", "other model": "is no LoRA of tiny-sd15's unet",
+        "layers": "the layers are not the same",
+    }  # fmt: skip
+    if wrong != "nothing":
+        save_file(weights, file)
+    if wrong == "no LoRA":
+        file.write_text("something else")
+    flags = ["--preset", "tiny-sd15", "--lora-rank", "5" if wrong == "rank" else "3", "--init-lora", str(file)]
+    flags += ["--runs", str(tmp_path), "--num-prompts", "2", "--group-size", "2"]
+    if wrong == "layers":
+        with pytest.raises(common.UsageError, match=words[wrong]):
+            vmpo.main(vmpo.parse_args(flags))
+        return
+    with pytest.raises(SystemExit) as stop:
+        vmpo.parse_args(flags)
+    message = capsys.readouterr().err
+    assert stop.value.code == 2 and message.count("\n") == 1 and words[wrong] in message
