@@ -405,6 +405,8 @@ def check_args(args) -> None:
     what = f"--name {args.name[:60]} is no name of a folder"
     need(plain or args.resume, what, "use at most 200 characters without /")
     need_writable("--runs", args.runs)
+    there = not args.wandb or importlib.util.find_spec("wandb")
+    need(there, f"--wandb {args.wandb} needs the package wandb", "pip install wandb, or leave it out")
 
 
 def need_writable(flag: str, folder: str | Path) -> None:

@@ -15,6 +15,7 @@ import shutil
 import subprocess
 import sys
 import time
+import uuid
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -201,8 +202,12 @@ def make_folder(args, run: Run) -> None:
 
 
 def write_args(args, run: Run) -> None:
-    plain = {k: v for k, v in vars(args).items() if k not in DERIVED}
-    write_json(run.dir / "args.json", {"method": run.method, "args": plain, "sources": args.sources})
+    write_json(run.dir / "args.json", {"method": run.method, "args": plain(args), "sources": args.sources})
+
+
+def plain(args) -> dict:
+    """The flags and what follows from them, without the objects."""
+    return {k: v for k, v in vars(args).items() if k not in DERIVED}
 
 
 def record_resume(args, run: Run) -> None:
@@ -518,14 +523,43 @@ class Logger:
             writer = csv.DictWriter(f, self.keys)
             writer.writeheader()
             writer.writerows(kept)
-        from torch.utils.tensorboard import SummaryWriter
+        self._open(args)
 
+    def _open(self, args) -> None:
+        """TensorBoard and wandb, both with the settings."""
+        from torch.utils.tensorboard import SummaryWriter
+        from torch.utils.tensorboard.summary import hparams
+
+        run, settings = self.run, {"method": self.run.method} | plain(args)
         self.board = SummaryWriter(run.dir, purge_step=run.start_epoch + 1 if run.start_epoch else None)
+        simple = {k: v if isinstance(v, (bool, int, float, str)) else str(v) for k, v in settings.items()}
+        *start, self.end = hparams(simple, {"eval/reward": 0, "reward/mean": 0})
+        for summary in start:
+            self.board.file_writer.add_summary(summary)
+        self.board.add_text("settings", "\n".join(f"    {k}: {v}" for k, v in settings.items()), run.start_epoch)
         if args.wandb:
             import wandb
 
-            name = run.dir.name
-            self.wandb = wandb.init(project=args.wandb, name=name, dir=run.dir, resume="allow", id=name)
+            known = run.dir / "wandb_id.txt"  # not the folder's name: two projects' folders may share it
+            if not known.exists():
+                known.write_text(uuid.uuid4().hex)
+            where = dict(project=args.wandb, name=run.dir.name, dir=run.dir, id=known.read_text())
+            try:
+                self.wandb = wandb.init(**where, resume="allow", config=settings)
+            except Exception as problem:  # no account, no network: its own errors
+                said = " ".join(str(problem).split())[:200]
+                advice = "log in, set WANDB_MODE=offline, or leave it out"
+                raise UsageError(f"--wandb {args.wandb}: {said}; {advice}") from None
+
+    def image(self, epoch: int, name: str, path: Path) -> None:
+        """A picture of the run folder."""
+        if not self.run.is_main or not path.exists():
+            return
+        self.board.add_image(name, pictures.read_images([path])[0], epoch)
+        if self.wandb:
+            import wandb
+
+            self.wandb.log({name: wandb.Image(str(path))}, step=epoch)
 
     def log(self, epoch: int, values: dict[str, float]) -> None:
         if not self.run.is_main:
@@ -546,6 +580,7 @@ class Logger:
 
     def close(self) -> None:
         if self.run.is_main:
+            self.board.file_writer.add_summary(self.end)
             self.board.close()
             if self.wandb:
                 self.wandb.finish()
@@ -689,7 +724,9 @@ class Recorder:
             images, _ = draw(self.policy, self.args, first)
         prompts = self.args.eval_prompt_list
         texts = [prompts[n % len(prompts)].text for n in first]
-        pictures.image_grid(images[: len(first)], texts, self.run.dir / "samples" / f"epoch_{epoch:04d}.png")
+        path = self.run.dir / "samples" / f"epoch_{epoch:04d}.png"
+        pictures.image_grid(images[: len(first)], texts, path)
+        self.logger.image(epoch, "samples", path)
 
     def _say(self, epoch: int, row: dict[str, float]) -> None:
         """The epoch's numbers behind the bar or, in a log file, as a line."""
@@ -765,6 +802,8 @@ def finish(run: Run, args, logger: Logger) -> None:
     print(why)
     for what, path in ({"curve": run.dir / "curve.png"} | shown).items():
         print(f"{what:9s} {path}")
+        if path.suffix == ".png":
+            logger.image(args.epochs, path.stem, path)
     print(f"LoRA      pipe.load_lora_weights('{run.dir / 'checkpoints' / 'last'}')")
 
 
