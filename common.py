@@ -493,6 +493,11 @@ class Grid:
         """Signed sensitivity o_coef / sigma (T,): delta = w (o_a - o_b) is the mean's shift in standard deviations."""
         return self.o_coef / self.sigma
 
+    @property
+    def t_all(self) -> torch.Tensor:
+        """t of all states (T+1,): of x_0, too, where it is 0."""
+        return torch.cat([self.t, torch.zeros(1, dtype=self.t.dtype)])
+
     def at(self, table: torch.Tensor, i, like: torch.Tensor) -> torch.Tensor:
         """table[i] as float32 shaped to broadcast against `like`; i an int or a (B,) tensor of step indices."""
         value = table[i].to(like.device, torch.float32)

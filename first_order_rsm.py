@@ -49,14 +49,15 @@ import harness
 import rewards
 from harness import need
 
+AHEAD = dict(guidance="lookahead", jacobian=True)
 METHODS = {  # the papers' choices
     "vgg-flow": dict(guidance="current", temporal="quad", scale=3e7, jacobian=False, denoiser="policy"),
-    "residual-db": dict(
-        guidance="lookahead", temporal="alpha-bar", scale=5e5, jacobian=True, denoiser="policy"
-    ),
-    "sqdf": dict(
-        guidance="lookahead", temporal="gamma-discount", scale=1.0, jacobian=True, denoiser="reference"
-    ),
+    "residual-db": AHEAD | dict(temporal="alpha-bar", scale=5e5, denoiser="policy"),
+    "sqdf": AHEAD | dict(temporal="gamma-discount", scale=1.0, denoiser="reference"),
+}
+OWNERS = {  # of a flag that one method alone understands
+    "residual_scale": "residual-db", "flow_net": "residual-db", "backward_coef": "residual-db",
+    "value_net": "vgg-flow", "lookahead_model": "sqdf", "replay_size": "residual-db and sqdf",
 }  # fmt: skip
 TINY = harness.TINY | dict(
     reward="clipscore", reward_path=[str(harness.HERE / "tiny" / "clip")],
@@ -123,8 +124,8 @@ def parse_args(argv=None):
     parser = harness.make_parser(__doc__, "first_order_rsm")
     flag = harness.flags(parser, "method")
     flag("--method", "residual-db", list(METHODS), "the regression; sets what is auto or empty below")
-    flag("--guidance", "auto", ["auto", "current", "lookahead", "terminal"],
-         "r's gradient at x0_hat(x_t), x0_hat(x_s) (Eq. 13, 14) or x_0 (RSM)")  # fmt: skip
+    places = ["auto", "current", "lookahead", "terminal"]
+    flag("--guidance", "auto", places, "r's gradient at x0_hat(x_t), x0_hat(x_s) (Eq. 13, 14) or x_0 (RSM)")
     kinds = ["auto", "quad", "linear", "constant", "alpha-bar", "sigma", "gamma-discount"]
     flag("--temporal", "auto", kinds, "eta_t: (1-t)^2, 1-t, 1, alpha_s^2, sigma_t, gamma^(steps left)")
     flag("--gamma", 0.9, "float in (0, 1]", "gamma_q of gamma-discount (SQDF: 0.9)")
@@ -237,7 +238,7 @@ def main(args):
     steps = trained_steps(grid, args)
     eta = temporal_weight(args.temporal, grid, args.gamma)
     eta_t = weight_of_start(args.temporal, grid, eta, args.gamma)
-    t = torch.cat([grid.t, torch.zeros(1).double()]).to(run.device, torch.float32)  # of all states
+    t = grid.t_all.to(run.device, torch.float32)
     harness.write_influence(run, steps, influence(args.method, grid, eta, args.residual_scale))
     gradient = RewardGradient(args, policy, reward, grid)
     phi = learned_networks(policy, args)
@@ -245,9 +246,7 @@ def main(args):
     optimiser = harness.make_optimiser(args, run, theta, *(learned if len(phi) else []))
     replay, columns = Replay(args.replay_size), METRICS.with_steps(["drift", "guidance_norm"], steps)
     modules = {"phi": phi, "replay": replay}
-    recorder = harness.Recorder(
-        run, args, policy, optimiser, (reward, more), rewards.RewardError, columns, modules
-    )
+    recorder = harness.Recorder(run, args, policy, optimiser, (reward, more), rewards.RewardError, columns, modules)
     each = len(intervals(args))  # trained transitions of an image
     transitions = args.num_prompts * args.group_size * each
 
@@ -255,9 +254,7 @@ def main(args):
         # ---- 1 rollout -------------------------------------------------------
         recorder.phase()
         batch = harness.epoch_batch(args, policy, epoch)
-        path = common.rollout(
-            policy, grid, batch.cond, batch.noise, args.cfg, args.micro_batch_size
-        )
+        path = common.rollout(policy, grid, batch.cond, batch.noise, args.cfg, args.micro_batch_size)
 
         # ---- 2 reward --------------------------------------------------------
         recorder.phase()
@@ -592,59 +589,48 @@ def check(args):
         what = f"--reward {name} has no gradient, and {method} is a first-order method"
         own = f"if gradients pass, set {name.partition(':')[2]}.differentiable = True in its module; else"
         use = f"{own if ':' in name else 'use e.g. hpsv2 or clipscore, or'} use a zeroth-order trainer (grpo.py)"
-        need(rewards.is_differentiable(name), f"{what}; {use}")
+        need(rewards.is_differentiable(name), what, use)
     gaps = "--skip-failed does not go with first-order methods, which need the gradient of every reward"
-    need(not args.skip_failed, f"{gaps}; leave it out")
+    need(not args.skip_failed, gaps, "leave it out")
     whole = f"--reward {args.reward} compares the images of a prompt; a first-order method scores them one by one"
-    need(not rewards.is_grouped(args.reward), f"{whole}; use vmpo.py, awm.py or grpo.py")
-    for flag, given, owners in (
-        ("--residual-scale", args.residual_scale != "none", "residual-db"),
-        ("--flow-net", args.flow_net, "residual-db"),
-        ("--backward-coef", args.backward_coef, "residual-db"),
-        ("--value-net", args.value_net, "vgg-flow"),
-        ("--lookahead-model", model, "sqdf"),
-        ("--replay-size", args.replay_size, "residual-db and sqdf"),
-    ):
-        what = f"{flag} belongs to --method {owners}, not to {method}"
+    need(not rewards.is_grouped(args.reward), whole, "use vmpo.py, awm.py or grpo.py")
+    for name, owners in OWNERS.items():
+        what = f"--{name.replace('_', '-')} belongs to --method {owners}, not to {method}"
         use = "leave it out, or back at its default where a preset has it"
-        need(not given or method in owners, f"{what}; {use}")
+        need(method in owners or vars(args)[name] in (0, "", "none"), what, use)
     many = f"--step-every {args.step_every} is more than the {args.train_steps} trained steps"
-    need(args.step_every <= args.train_steps, f"{many}; use at most these")
+    need(args.step_every <= args.train_steps, many, "use at most these")
     ode = "--temporal sigma is 0 on vgg-flow's deterministic rollout"
-    need(args.temporal != "sigma" or method != "vgg-flow", f"{ode}; use linear, quad or constant")
+    need(args.temporal != "sigma" or method != "vgg-flow", ode, "use linear, quad or constant")
     need(ahead or not model, "--lookahead-model needs --guidance lookahead; leave it out")
     check_folder(args, "--tiny-vae", args.tiny_vae, "config.json", "an AutoencoderTiny")
-    file, what = f"{args.backbone.part}/config.json", "a pipeline of the type of --model"
-    check_folder(args, "--lookahead-model", model, file, what)
+    part = f"{args.backbone.part}/config.json"
+    check_folder(args, "--lookahead-model", model, part, "a pipeline of the type of --model")
     every = args.train_steps == args.steps and args.step_every == 1
     fits = every and args.kind == "flow" and args.guidance == "current"
-    what = "--value-net follows a flow's value gradient along all steps to the end"
     use = "use a flow model, --guidance current --step-every 1 --train-fraction 1"
-    need(fits or not args.value_net, f"{what}; {use}")
+    need(fits or not args.value_net, "--value-net follows a flow's value gradient along all steps to the end", use)
     fits = ahead and args.jacobian and not args.detach_uncond
     what = "--backward-coef needs r's whole gradients with respect to x_s and x_t"
     use = "use --guidance lookahead --jacobian, and leave --detach-uncond out"
-    need(fits or not args.backward_coef, f"{what}; {use}")
+    need(fits or not args.backward_coef, what, use)
     kept = ahead and args.denoiser == "policy" and not args.jacobian and not model
     what = "--replay-size with --no-jacobian has no output of the rollout at the new x_s"
-    use = "use --jacobian, --denoiser reference or another --guidance"
-    need(not kept or not args.replay_size, f"{what}; {use}")
-    samples, kept = args.num_prompts * args.group_size, args.replay_size
-    few = f"--replay-size {kept} is less than the {samples} samples of an epoch"
-    need(not kept or kept >= samples, f"{few}, which are drawn from it without repetition; use more")
+    need(not kept or not args.replay_size, what, "use --jacobian, --denoiser reference or another --guidance")
+    samples, size = args.num_prompts * args.group_size, args.replay_size
+    few = f"--replay-size {size} is less than the {samples} samples of an epoch"
+    need(not size or size >= samples, f"{few}, which are drawn from it without repetition", "use more")
     harness.check_updates(args, samples * len(intervals(args)))
 
 
 def check_folder(args, flag: str, path: str, file: str, what: str) -> None:
     """Unless empty, the path is a folder with this file, or a hub id that has it (--dry-run does not ask)."""
-    if path and Path(path).is_dir():
-        absent = f"{flag} {path} has no {file}"
-        need((Path(path) / file).is_file(), f"{absent}; give the folder of {what}")
-    elif path:
-        absent = f"{flag} {path} is neither a folder nor a hub id such as owner/name"
-        need(path.count("/") == 1, absent)
-        if not args.dry_run:
-            harness.require_hub(path, f"{flag} {path}", file)
+    if not path or Path(path, file).is_file():
+        return
+    need(not Path(path).is_dir(), f"{flag} {path} has no {file}", f"give the folder of {what}")
+    need(path.count("/") == 1, f"{flag} {path} is neither a folder nor a hub id such as owner/name")
+    if not args.dry_run:
+        harness.require_hub(path, f"{flag} {path}", file)
 
 
 def sizes(args) -> dict[str, str]:
@@ -666,17 +652,17 @@ def sizes(args) -> dict[str, str]:
     kept = 4 + backward + args.value_net + (backward or learned) + learned  # see Rows
     latents = samples * (3 * args.steps + 1 + rows * kept)
     what = "states, noise, outputs; the transitions with their guidance"
-    per_update = samples * rows // args.updates_per_epoch
-    kept, size = args.replay_size * (args.steps + 1), harness.latent_size(args)
-    buffer = f"{2 * kept * size / 2**30:.2f} GB, in each process and checkpoint" if kept and size else ""
-    return {
+    lines = {
         "guidance": f"{args.guidance}, temporal weight {args.temporal}, scale {args.scale:g}",
         "network evaluations per epoch": ", ".join(f"{samples * n} {k}" for k, n in calls.items()),
         "reward gradients per epoch": f"{samples * gradients} images, through decoder and reward",
-        "transitions per epoch": f"{samples * rows}, {per_update} per update",
+        "transitions per epoch": f"{samples * rows}, {samples * rows // args.updates_per_epoch} per update",
         "memory for the rollout": harness.rollout_memory(args, latents, what),
-        **({"memory for the buffer": buffer} if buffer else {}),
     }
+    if args.replay_size and harness.latent_size(args):
+        half = 2 * args.replay_size * (args.steps + 1) * harness.latent_size(args) / 2**30
+        lines["memory for the buffer"] = f"{half:.2f} GB, in each process and checkpoint"
+    return lines
 
 
 if __name__ == "__main__":
