@@ -95,8 +95,7 @@ def parse_args(argv=None):
     flag = harness.flags(parser, "method")
     objectives = ["vmpo", "mc", "surrogate", "ppo", "db", *GRADIENT]
     flag("--objective", "vmpo", objectives, "Eq. 8, 5, 31, 32, 49/50 (detailed balance); by gradients: 52, 53, 54/55")
-    potentials = ["diff", "r2g", "learned"]
-    flag("--potential", "diff", potentials, "u_t: Tweedie rewards' difference (Eq. 40-44), Eq. 38/39, Eq. 45")
+    flag("--potential", "diff", ["diff", "r2g", "learned"], "u_t: of Tweedie rewards (Eq. 40-44), Eq. 38/39, Eq. 45")
     flag("--beta", 0.01, "float > 0", "temperature of r / beta (paper: 0.01 HPSv2, 0.1 ImageReward, App. D)")
     means = ["time_prompt", "time", "group", "batch"]
     flag("--mean", "time_prompt", means, "M_phi: network of (t, c) (code), of t (Eq. 8); or a mean (Eq. 5)")
@@ -230,19 +229,15 @@ def main(args):
     phi = learned_networks(policy, args)
     learned = [(list(phi.parameters()), args.mean_lr, args.mean_max_grad_norm)]
     optimiser = harness.make_optimiser(args, run, theta, *(learned if len(phi) else []))
-    recorder = harness.Recorder(
-        run, args, policy, optimiser, (reward, more), rewards.RewardError, METRICS, {"phi": phi}
-    )
-    each = min(args.random_steps or len(steps), len(steps))
-    transitions = args.num_prompts * args.group_size * each
+    scorers = reward, more
+    recorder = harness.Recorder(run, args, policy, optimiser, scorers, rewards.RewardError, METRICS, {"phi": phi})
+    transitions = args.num_prompts * args.group_size * min(args.random_steps or len(steps), len(steps))
 
     for epoch in recorder.epochs():
         # ---- 1 rollout -------------------------------------------------------
         recorder.phase()
         batch = harness.epoch_batch(args, policy, epoch)
-        path = common.rollout(
-            policy, grid, batch.cond, batch.noise, args.cfg, args.micro_batch_size, reference=steps
-        )
+        path = common.rollout(policy, grid, batch.cond, batch.noise, args.cfg, args.micro_batch_size, steps)
 
         # ---- 2 reward --------------------------------------------------------
         recorder.phase()
@@ -251,8 +246,7 @@ def main(args):
             final, parts = harness.score(args, policy, reward, path.x[:, -1], batch.prompts)
             reward_t = tweedie_rewards(policy, reward, grid, path, final, batch, steps, args)
             if args.objective in GRADIENT:
-                grad_r = reward_gradients(policy, reward, grid, path, batch.texts, batch.metadata, args)
-                grad_r *= ramp
+                grad_r = reward_gradients(policy, reward, grid, path, batch, args).mul_(ramp)
         recorder.leave_out(epoch, batch, final, reward_t)
 
         # ---- 3 potential -----------------------------------------------------
@@ -296,12 +290,10 @@ def main(args):
                     u = potential[n, column[i]]
                 log_w = log_weights(log_r, u)
                 # 4b: the mean of log w
-                mean = torch.zeros_like(log_w)
+                mean = torch.zeros_like(log_w) if monte_carlo is None else monte_carlo[n, column[i]]
                 if "mean" in phi:
                     text = rows.cond.mean_embedding() if args.mean == "time_prompt" else None
                     mean = phi["mean"](grid.t[i].to(run.device), text)
-                elif monte_carlo is not None:
-                    mean = monte_carlo[n, column[i]]
                 # 4c: the loss
                 if args.objective in GRADIENT:
                     loss = match_gradients(policy, grid, path, grad_r, phi, rows, o, z, w, args)
@@ -398,9 +390,7 @@ def tweedie_rewards(policy, reward, grid, path, final, batch, steps, args) -> to
 
 def learned_potential(net, path, grid, reward_t, n, i, beta):
     """Diff with F_phi(x_t, t) r_t for r_t, F_phi = 1 + nu_t net, which is 1 at the data.  Eq. 45."""
-    end, device = torch.zeros(1, dtype=torch.float64), reward_t.device
-    nu = torch.cat([grid.nu, end]).to(device, torch.float32)
-    t = torch.cat([grid.t, end]).to(device, torch.float32)
+    t, nu = (table.to(reward_t) for table in (grid.t_all, torch.cat([grid.nu, torch.zeros(1)])))
 
     def value(j):
         return (1 + nu[j] * net(path.state(n, j), t[j]).flatten(1).mean(1)) * reward_t[n, j]
@@ -416,8 +406,7 @@ def learned_size(phi, path, grid, reward_t, grad_r, n, i, beta) -> dict[str, tor
         t, own = grid.t[i].to(path.x), reward_t[n, i] / beta
         net = grid.nu[i].to(t) * phi["potential"](path.x[n, i], t).flatten(1).mean(1) * own
         return {"phi/net": net.abs(), "phi/reward": own.abs()}
-    t_next = torch.cat([grid.t, torch.zeros(1, dtype=torch.float64)])[i + 1].to(path.x)
-    net = phi["residual"](path.x[n, i + 1], t_next)
+    net = phi["residual"](path.x[n, i + 1], grid.t_all[i + 1].to(path.x))
     norms = (value.flatten(1).norm(dim=1) for value in (net, grad_r[n, i + 1] / beta))
     return dict(zip(("phi/net", "phi/reward"), norms))
 
@@ -440,20 +429,19 @@ def fresh_potential(policy, reward, grid, path, final, rows, o, batch, args):
     return (then - now) / args.beta
 
 
-def reward_gradients(policy, reward, grid, path, texts, extra, args):
+def reward_gradients(policy, reward, grid, path, batch, args):
     """grad_{x_t} r(x0_hat(x_t)) at every state, (B, T+1, C, h, w)."""
     grads = torch.zeros_like(path.x, device=policy.device)
     # the graph of network, VAE and reward lives at once
     size = min(args.micro_batch_size, args.decode_batch_size)
-    for start in range(0, len(path.x), size):
-        rows = slice(start, start + size)
+    for rows in (slice(start, start + size) for start in range(0, len(path.x), size)):
         for i in range(grid.steps + 1):
             x = path.state(rows, i).clone().requires_grad_()
             x0 = x  # the terminal latent is its own Tweedie estimate
             if i < grid.steps:
                 o = policy.predict(x, grid.time(i, x), path.cond[rows], args.cfg)
                 x0 = grid.x0_hat(x, o, i)
-            total = reward(policy.decode(x0), texts[rows], extra[rows], grad=True)[0]
+            total = reward(policy.decode(x0), batch.texts[rows], batch.metadata[rows], grad=True)[0]
             grads[rows, i] = torch.autograd.grad(total.sum(), x)[0]
     return grads
 
@@ -470,8 +458,8 @@ def match_gradients(policy, grid, path, grad_r, phi, rows, o, z, w, args):
     back, back_ref = common.backward_scores(policy, grid, i, x_t, x_s, o, rows.cond, args.cfg)
     if args.objective == "gradient-xt":
         return gradient_loss(-grad_r[n, i], back_ref, back, beta)
-    t_next = torch.cat([grid.t, torch.zeros(1, dtype=torch.float64)])[i + 1].to(o.device)
-    g_s, g_t = phi["residual"](x_s, t_next), phi["residual"](x_t.detach(), grid.t[i].to(o.device))
+    t = grid.t_all.to(o.device)
+    g_s, g_t = phi["residual"](x_s, t[i + 1]), phi["residual"](x_t.detach(), t[i])
     loss = gradient_loss(grad_r[n, i + 1], grad_logp_ref, grad_logp, beta, g_s)
     loss = loss + gradient_loss(-grad_r[n, i], back_ref, back, beta, -g_t)
     terminal = phi["residual"](path.state(n, -1), torch.zeros(len(n), device=o.device))
