@@ -897,7 +897,7 @@ def test_buffer_keeps_the_newest_trajectories_and_draws_them_again(world):
 def test_draws_are_uniform_over_new_and_old_trajectories_and_steps(monkeypatch):
     """SQDF's random.sample of the whole buffer and randint of the step, by counts over 500 epochs."""
     monkeypatch.setattr(fo, "replayed_path", lambda policy, grid, x_t, *a: x_t)
-    policy = SimpleNamespace(latent_shape=(1,), encode=lambda texts: texts)
+    policy = SimpleNamespace(latent_shape=(1,), encode=lambda texts: texts, device="cpu")
     flags = ["--method", "sqdf", "--model", "tiny-sd15", "--replay-size", 12, "--step-every", 5, "--no-last-step"]
     args = arguments(*flags, "--num-prompts", 4, "--steps", 5, "--train-fraction", 1)
     buffer, counts = fo.Replay(args.replay_size), torch.zeros(12, 5)
