@@ -106,6 +106,16 @@ PRESETS = {
         dtype="auto", sampler_grid="diffusers", note="",
     ),
 }  # fmt: skip
+SCHEDULERS = {  # of diffusers, by the kind of model; the last two of "eps" and SASolver draw noise
+    "flow": [
+        "SASolverScheduler", "DPMSolverMultistepScheduler",  # which have an official grid
+        "UniPCMultistepScheduler", "DPMSolverSinglestepScheduler", "DEISMultistepScheduler",
+    ],
+    "eps": [
+        "SASolverScheduler", "DPMSolverMultistepScheduler", "UniPCMultistepScheduler", "DDIMScheduler",
+        "EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler", "DDPMScheduler",
+    ],
+}  # fmt: skip
 METRICS = harness.Metrics(
     means=[
         "loss/total", "loss/policy", "loss/kl", "loss/lag", "kl/ref", "matching/error",
@@ -134,20 +144,18 @@ def parse_args(argv=None):
     flag("--stratified", True, "yes/no", "one t from each of n_t equal bins of the law (code)")
     flag("--skip-first", False, "yes/no", "discrete without t = 1: discrete_wo_init (code: GenEval, OCR)")
     flag("--t-min", 0.01, "float in (0, 1)", "smallest t of the other laws (code: 0.01; uniform 0.2)")
-    ratios = ["mean-then-exp", "exp-each"]
-    flag("--ratio", "mean-then-exp", ratios, "exp of the mean over t (Eq. 11), or for each t (code)")
+    flag("--ratio", "mean-then-exp", ["mean-then-exp", "exp-each"], "exp of the mean over t (Eq. 11), of each (code)")
     flag("--clip-range", 0.0, "float >= 0", "xi of a PPO clip; 0 = none (paper: omitted; code: 1)")
     flag("--beta", 0.4, "float >= 0", "KL to the reference, in units of A (paper: 0.4, PickScore 0.01)")
     flag("--kl-weight", "uniform", ["uniform", "elbo"], "w_KL(t) of Eq. 12: 1, or 1 / (2 g^2) (code)")
-    policies = ["half", "none", "lagged"]
-    flag("--offpolicy", "half", policies, "old policy: rollout's (Sec. 5.2), theta, lagged copy")
+    flag("--offpolicy", "half", ["half", "none", "lagged"], "old policy: rollout's (Sec. 5.2), theta, lagged copy")
     flag("--lag-coef", 0.0, "float >= 0", "KL to the lagged copy (code: 1); 0 = off")
     flag("--lag-decay-max", 0.3, "float in [0, 1)", "d of copy <- d copy + (1 - d) theta (code: 0.3)")
     flag("--lag-decay-slope", 0.001, "float >= 0", "growth of d per optimiser step (code: 0.001)")
     flag("--lag-decay-start", 0, "int", "optimiser steps for which d is 0 (NFT OCR: 75)")
     flag("--nft-beta", 1.0, "float > 0", "b of v+ = (1 - b) v_old + b v (NFT: 1; OCR: 0.1)")
     flag("--nft-space", "x0", ["x0", "native"], "nft: errors of x0_hat, normalised (code), or of o")
-    flag("--sampler", "sde", "text", "sde = --kernel (paper), ode, or a diffusers scheduler")
+    flag("--sampler", "sde", "text", "sde = --kernel (paper), ode, or a diffusers scheduler (code: SASolverScheduler)")
     flag("--sampler-grid", "diffusers", ["diffusers", "official"], "a flow's times: or AWM's, NFT's codes'")
     flag("--sampler-noise", None, "float >= 0", "tau of SASolverScheduler (code: 0.4, 0)")
     flag("--train-cfg", 1.0, "float finite", "guidance in training (paper: none = 1, Sec. 4)")
@@ -255,10 +263,8 @@ def main(args):
     noising = Noising(args, policy)
     optimiser = harness.make_optimiser(args, run, theta)
     lag = common.EMA(theta, 0.0)  # the lagged copy of theta; lag_decay() gives its decay
-    recorder = harness.Recorder(
-        run, args, policy, optimiser, (reward, more), rewards.RewardError, METRICS, {"lag": lag}
-    )
-    samples = args.num_prompts * args.group_size
+    scorers, samples = (reward, more), args.num_prompts * args.group_size
+    recorder = harness.Recorder(run, args, policy, optimiser, scorers, rewards.RewardError, METRICS, {"lag": lag})
 
     for epoch in recorder.epochs():
         # ---- 1 rollout -------------------------------------------------------
@@ -535,63 +541,37 @@ def official_grid(args, scheduler, model) -> None:
 
 # ---- what no paper mentions: checks of the flags, sizes for --dry-run --------
 def check(args):
+    used, count = args.train_steps, args.train_timesteps
     harness.check_updates(args, args.num_prompts * args.group_size, "images")
     harness.check_group(args)
     nft = "--objective nft takes v_old from the lagged copy and scales A by --adv-clip alone"
-    fits = args.offpolicy == "lagged" and args.adv_scale == 1
-    need(args.objective == "awm" or fits, f"{nft}; use --offpolicy lagged, leave --adv-scale out")
+    fits = args.objective == "awm" or args.offpolicy == "lagged" and args.adv_scale == 1
+    need(fits, nft, "use --offpolicy lagged, leave --adv-scale out")
     flow = f"--kl-weight elbo is the flow SDE's, --model {args.model} is not a flow model"
-    need(args.kl_weight != "elbo" or args.kind == "flow", f"{flow}; use uniform")
+    need(args.kl_weight != "elbo" or args.kind == "flow", flow, "use uniform")
     none = f"--train-fraction {args.train_fraction} (and --skip-first) leaves no step of --steps {args.steps}"
-    used, count = args.train_steps, args.train_timesteps
-    first = args.skip_first or args.timesteps == "discrete-with-init"
-    need(used > first, f"{none}; raise one of them")
+    need(used > (args.skip_first or args.timesteps == "discrete-with-init"), none, "raise one of them")
     few = f"--timesteps subset cannot draw {count} different steps out of {used}"
-    need(args.timesteps != "subset" or count <= used, f"{few}; lower --train-timesteps")
+    need(args.timesteps != "subset" or count <= used, few, "lower --train-timesteps")
     check_sampler(args)
 
 
 def check_sampler(args):
-    """--sampler fits the model, --sampler-noise and --shared-noise."""
-    sampler, same = args.sampler, args.sampler == "ode"
+    """--sampler fits the model, its grid and noise, and --shared-noise."""
+    sampler, known = args.sampler, ["sde", "ode", *SCHEDULERS[args.kind]]
+    wrong = f"--sampler {sampler} does not fit --model {args.model}"
+    need(sampler in known, wrong, f"use one of {', '.join(known)}")
     if args.sampler_noise is not None and sampler != "SASolverScheduler":
-        tau = f"--sampler-noise is for SASolverScheduler, --sampler is {sampler}"
         given = any(word.startswith("--sampler-n") for word in args.argv)
-        need(not given, f"{tau}; leave it out")
+        need(not given, f"--sampler-noise is for SASolverScheduler, --sampler is {sampler}; leave it out")
         args.sampler_noise = None  # the preset's, whose sampler was replaced
-    if sampler not in ("sde", "ode"):
-        grid = f"--sampler-grid official needs a flow model, --model {args.model} is not one"
-        need(args.sampler_grid != "official" or args.kind == "flow", f"{grid}; use diffusers")
-        same = check_scheduler(args)
+    codes = SCHEDULERS["flow"][:2]
+    fits = sampler in ("sde", "ode") or args.kind == "flow" and sampler in codes
+    wrong = f"--sampler-grid official is a flow model's, with {' or '.join(codes)}"
+    need(fits or args.sampler_grid != "official", wrong, "use diffusers")
+    draws = sampler in ["sde", *SCHEDULERS["eps"][-2:]] or sampler == "SASolverScheduler" and args.sampler_noise != 0
     equal = f"--shared-noise with --sampler {sampler} makes the images of a prompt all the same"
-    need(not (same and args.shared_noise), f"{equal}; use --sampler sde, or leave it out")
-
-
-def check_scheduler(args) -> bool:
-    """--sampler fits the model and survives a trial; True if it draws no noise."""
-    import diffusers
-    from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers as Names
-
-    names = {s.name for s in Names} - {"EDMEulerScheduler"} | {"SASolverScheduler"}
-    cls = getattr(diffusers, args.sampler) if args.sampler in names else None
-    flow, what = args.kind == "flow", f"--sampler {args.sampler} does not fit --model {args.model}"
-    known = "use sde, ode, or a scheduler of diffusers such as SASolverScheduler"
-    takes = inspect.signature(cls.__init__).parameters if cls else ()
-    need(cls and (not flow or "use_flow_sigmas" in takes), f"{what}; {known}")
-    model = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
-    if not flow:
-        rest = dict(clip_sample=False, set_alpha_to_one=False, steps_offset=1)
-        model = diffusers.DDIMScheduler(1000, 0.00085, 0.012, "scaled_linear", **rest)
-    what = f"--sampler {args.sampler} --steps {args.steps}"
-    generators = [common.generator("trial", n) for n in range(2)]
-    try:
-        scheduler = make_scheduler(args, model)
-        x0 = scheduler_loop(args, scheduler, torch.zeros(2, 4, 2, 2), lambda x, t: x, generators)
-    except Exception as problem:  # whatever diffusers raises would end the first rollout
-        said = " ".join([type(problem).__name__, *str(problem).split()])
-        raise common.UsageError(f"{what} fails: {said}") from None
-    need(x0.isfinite().all(), f"{what} gives images that are not finite; change them")
-    return torch.equal(*x0)
+    need(draws or not args.shared_noise, equal, "use --sampler sde, or leave it out")
 
 
 def sizes(args) -> dict[str, str]:
