@@ -7,7 +7,7 @@ PRESET ?= $(if $(filter awm,$(METHOD)),tiny-sd15-release,tiny-sd15)
 BIN = .venv/bin
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test lint reference
+.PHONY: demo test torture lint reference
 
 demo: .venv/installed
 	$(BIN)/python $(METHOD).py --preset $(PRESET)
@@ -15,6 +15,10 @@ demo: .venv/installed
 test: .venv/installed
 	$(BIN)/python -m ruff check .
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
+
+# Kills, signals, faults, wrong inputs, several processes: about half an hour on two free cores; prints a table.
+torture: .venv/installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal tests/torture --ignore tests/torture/test_full_size.py
 
 lint: .venv/installed
 	$(BIN)/python -m ruff check .

@@ -6,6 +6,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from torture import report  # noqa: E402
 
 
+def pytest_configure(config):
+    if not hasattr(config, "workerinput"):
+        report.FILE.unlink(missing_ok=True)
+
+
 def pytest_terminal_summary(terminalreporter):
-    if report.LINES:
-        terminalreporter.write_line(report.table())
+    terminalreporter.write_line(report.table())
