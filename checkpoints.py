@@ -162,7 +162,8 @@ LORA = "pytorch_lora_weights.safetensors"
 def lora_file(given: str | Path) -> Path | None:
     """The LoRA of a run folder (its last checkpoint), of a checkpoint's folder, or the file itself."""
     place = Path(given)
-    return next((f for f in (place / "checkpoints" / "last" / LORA, place / LORA, place) if f.is_file()), None)
+    each = (place / "checkpoints" / "last" / LORA, place / LORA, place)
+    return next((file for file in each if os.path.isfile(file)), None)  # unlike Path's, it takes any text
 
 
 def by_epoch(run_dir: Path) -> list[Path]:

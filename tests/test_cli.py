@@ -337,7 +337,8 @@ def test_presets_dry_run_and_name_the_prompt_lists_that_cannot_be_shipped(script
     if absent:
         with pytest.raises(SystemExit) as stop:
             script.parse_args(["--preset", preset])
-        assert stop.value.code == 2 and any(name in capsys.readouterr().err for name in absent)
+        message = capsys.readouterr().err
+        assert stop.value.code == 2 and any(name in message for name in absent)
 
 
 def test_a_dry_run_checks_rewards_and_model(monkeypatch, capsys, tmp_path):

@@ -10,7 +10,8 @@ import harness
 from torture import report
 from torture.trials import SCRIPTS, flags_of
 
-TEXT = {"lora_targets": ["", ",", "nowhere"], "device": ["cuda:9", "gpu", "cuda:x"], "name": ["../x", "..", "x" * 300],
+TEXT = {"init_lora": ["nowhere", ".", "x" * 300, "\x00"],
+        "lora_targets": ["", ",", "nowhere"], "device": ["cuda:9", "gpu", "cuda:x"], "name": ["../x", "..", "x" * 300],
         "kernel": ["none"], "dtype": ["int8"], "preset": ["none", "Tiny"], "reward": ["", "shaps", "a:b:c", "a=nan",
         "shapes=1,shapes=2", "shapes=inf", "no_module:f", "os:nothing", "shapes,"], "eval_rewards": ["shaps", "a:"],
         "model": ["nowhere", "no/where", "a/b/c", "", "\x00"], "eval_kernel": ["flow_sde"]}  # fmt: skip
