@@ -488,10 +488,9 @@ def main(args):
 
         # ---- 4 statistics over prompts ---------------------------------------
         found = {label: {} for label in ids}  # {model: {reward: (P, K), diversity: (P, 1)}}
-        for label, terms in ids.items():
-            for name, of in terms.items():
-                values = torch.tensor([scores[i] for i in of], dtype=torch.float64)
-                found[label][name] = values.view(len(args.prompt_list), -1)
+        for label, (name, of) in [(label, item) for label, terms in ids.items() for item in terms.items()]:
+            values = torch.tensor([scores[i] for i in of], dtype=torch.float64)
+            found[label][name] = values.view(len(args.prompt_list), -1)
         summary, by_tag, note = statistics(args, found)
 
         # ---- 5 files and the table -------------------------------------------

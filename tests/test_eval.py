@@ -77,7 +77,7 @@ def world(tmp_path_factory, prompts):
         run = harness.Run(root, torch.device("cpu"), torch.float32, rank=0, world=1)
         policies[preset] = policy = harness.load_policy(args, run)
         plain = copy.deepcopy(policy.net)
-        args.lora_rank, args.lora_alpha, args.lora_targets = 2, 4, "attention+mlp"
+        args.lora_rank, args.lora_alpha, args.lora_targets, args.init_lora = 2, 4, "attention+mlp", ""
         harness.add_lora(policy, args)
         for name, scale in (("zero", 0.0), ("strong", 0.3)):
             torch.manual_seed(1)
