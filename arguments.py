@@ -162,6 +162,11 @@ def check_limits(parser, args) -> None:
 
 def add_args(parser) -> None:
     """The flag groups that all five trainers share; a method's own group is in its script."""
+    for group in (reward_flags, sampling_flags, optimisation_flags, model_flags, run_flags):
+        group(parser)
+
+
+def reward_flags(parser) -> None:
     flag = flags(parser, "reward")
     flag("--reward", "hpsv2", "text", "r: name, weighted sum 'a=1,b=0.5', or 'module:function' of your own")
     flag("--reward-path", [], "text", "local weights of the rewards' models", nargs="*", metavar="[NAME=]PATH")
@@ -174,6 +179,8 @@ def add_args(parser) -> None:
          "training prompts c: .txt (one a line) or .jsonl files, comma-separated (VMPO: HPDv2, App. D)")  # fmt: skip
     flag("--eval-prompts", "", "text", "held-out prompts of the evaluation; default: the training prompts")
 
+
+def sampling_flags(parser) -> None:
     flag = flags(parser, "sampling")
     flag("--num-prompts", 128, "int >= 1", "P: prompts per epoch, over all GPUs (VMPO: 128 trajectories, App. D)")
     flag("--group-size", 1, "int >= 1", "K: images per prompt (VMPO Eq. 5; the amortised mean needs only 1)")
@@ -187,6 +194,8 @@ def add_args(parser) -> None:
     flag("--resolution", None, "int >= 1", "pixels per side (papers: 512, the default); other models: their own")
     flag("--max-sequence-length", 256, "int >= 1", "length of SD3.5's and FLUX's T5 part of the text (Flow-GRPO: 128)")
 
+
+def optimisation_flags(parser) -> None:
     flag = flags(parser, "optimisation")
     flag("--epochs", 150, "int >= 1", "rollout-update rounds (VMPO: 150, App. D)")
     flag("--updates-per-epoch", 2, "int >= 1", "optimiser steps per rollout (VMPO: 2, App. D)")
@@ -206,6 +215,8 @@ def add_args(parser) -> None:
     flag("--ratio-tolerance", None, "float > 0 or inf",
          "largest |log ratio| right after a rollout; default 1e-4, float16 3e-4, bfloat16 3e-3")  # fmt: skip
 
+
+def model_flags(parser) -> None:
     flag = flags(parser, "model")
     flag("--model", "sd15", "text", f"{', '.join(MODELS)}, a hub id or a folder in diffusers format")
     flag("--lora-rank", 4, "int >= 1", "r (VMPO: 4 for SD1.5, 32 for SD3.5, App. D)")
@@ -224,6 +235,8 @@ def add_args(parser) -> None:
     flag("--vae-dtype", "float32", ["float32", "bfloat16"], "of the decoder (bfloat16: docs/speed.md)")
     flag("--device", "auto", "text", "auto, cpu, cuda, cuda:N")
 
+
+def run_flags(parser) -> None:
     flag = flags(parser, "run")
     flag("--preset", "", "text", "a paper's experiment, see the end of this help; explicit flags win")
     flag("--seed", 0, "int", "of everything that is random")
