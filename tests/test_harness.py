@@ -125,7 +125,7 @@ def recorder(tmp_path, monkeypatch):
     """Recorder of a run without a model: theta is one weight, the exported LoRA a text file of its value."""
     args = adam(ema_decay=0.5, ema_every=1, resume="", epochs=3, eval_images=4, eval_every=1, sample_every=0,
                 save_every=9, wandb=None, keep=3, skip_failed=False, eval_kernel="ode",
-                model="m", preset="", reward="shapes", seed=0, lora_rank=4, lora_alpha=8)  # fmt: skip
+                model="m", preset="", reward="shapes", seed=0, lora_rank=4, lora_alpha=8, init_lora="")  # fmt: skip
     run = make_run(tmp_path)
     run.method = "grpo"
     (tmp_path / "checkpoints").mkdir()

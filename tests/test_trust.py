@@ -409,11 +409,11 @@ with checkpoints.signals_stop():
         os.kill(os.getpid(), 2)  # a terminal's and torchrun's signal come together
         print("still here", flush=True)
         time.sleep(1.1)
-        os.kill(os.getpid(), 1)
+        os.kill(os.getpid(), 15)
         time.sleep(9)
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=ENV, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 129 and done.stdout.splitlines() == ["written", "SIGTERM 15", "still here"]
+    assert done.returncode == 143 and done.stdout.splitlines() == ["written", "SIGTERM 15", "still here"]
 
 
 def test_one_command_starts_continues_and_ends(tmp_path, capsys):
