@@ -676,7 +676,7 @@ def rollout_memory(args, latents: int, what: str) -> str:
 
 def activation_memory(args) -> str:
     """The line of --dry-run for what a micro-batch of the update keeps."""
-    branches = 1 if args.cfg == 1 or args.backbone.distilled else 2
+    branches = network_passes(args, args.cfg)
     wide, pixels = 1 + (args.dtype == "float32"), (args.resolution / 512) ** 2
     usual, less = (each * args.micro_batch_size * branches * wide * pixels for each in ACTIVATIONS[args.model])
     return f"{usual:.1f} GB for --micro-batch-size {args.micro_batch_size}, {less:.1f} with --gradient-checkpointing"

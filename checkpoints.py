@@ -22,7 +22,7 @@ except ImportError:  # no file locks on Windows
     fcntl = None
 
 import common
-from common import UsageError
+from common import LORA_FILE, UsageError
 
 
 # ---- files -------------------------------------------------------------------
@@ -156,13 +156,10 @@ def prune(run_dir: Path, keep: int) -> None:
         shutil.rmtree(old)
 
 
-LORA = "pytorch_lora_weights.safetensors"
-
-
 def lora_file(given: str | Path) -> Path | None:
     """The LoRA of a run folder (its last checkpoint), of a checkpoint's folder, or the file itself."""
     place = Path(given)
-    each = (place / "checkpoints" / "last" / LORA, place / LORA, place)
+    each = (place / "checkpoints" / "last" / LORA_FILE, place / LORA_FILE, place)
     return next((file for file in each if os.path.isfile(file)), None)  # unlike Path's, it takes any text
 
 

@@ -22,6 +22,7 @@ import torch.distributed as dist
 from torch import nn
 from tqdm import tqdm
 
+LORA_FILE = "pytorch_lora_weights.safetensors"  # diffusers' name
 MIN_SIGMA = 1e-6  # below this a step has no density: it is performed, but it is not a step of the policy
 
 
@@ -222,7 +223,6 @@ class Policy:
         self.decode_batch_size, self.detach_uncond = decode_batch_size, detach_uncond
         self.uncond = self.encode([""])
         self.network_calls = 0
-        self.adapted: list[nn.Module] = []  # the layers with a LoRA, by add_lora()
 
     def grid(self, steps: int, kernel: str, level: float) -> "Grid":
         return make_grid(self.pipe.scheduler, self.kind, steps, kernel, level)
@@ -264,14 +264,15 @@ class Policy:
 
     @contextmanager
     def reference(self):
-        """Adapters off: the frozen pretrained model."""
+        """Adapters off, whoever has added them: the frozen pretrained model."""
         # the flag alone: peft's own switch also visits every weight, a twentieth of a small model's call
-        for layer in self.adapted:
+        layers = adapter_layers(self.net)
+        for layer in layers:
             layer._disable_adapters = True
         try:
             yield
         finally:
-            for layer in self.adapted:
+            for layer in layers:
                 layer._disable_adapters = False
 
     @contextmanager
@@ -304,7 +305,6 @@ def add_lora(policy: Policy, targets: list[str], rank: int, alpha: float, seed: 
     targets: endings of layer names, e.g. policy.backbone.attention.
     """
     from peft import LoraConfig
-    from peft.tuners.tuners_utils import BaseTunerLayer
 
     torch.manual_seed(seed)
     policy.net.add_adapter(
@@ -313,14 +313,20 @@ def add_lora(policy: Policy, targets: list[str], rank: int, alpha: float, seed: 
     params = [p for p in policy.net.parameters() if p.requires_grad]
     for p in params:
         p.data = p.data.float()  # a step of lr 1e-4 would be lost in a half-precision weight
-    policy.adapted = [m for m in policy.net.modules() if isinstance(m, BaseTunerLayer)]
-    for layer in policy.adapted if policy.dtype != torch.float32 else ():
+    for layer in adapter_layers(policy.net) if policy.dtype != torch.float32 else ():
         parts = layer.lora_A["default"], layer.lora_B["default"]
         if all(type(part) is nn.Linear for part in parts):
             layer.cast_input_dtype_enabled = False  # peft would compute it, and keep its input, in float32
             for part in parts:
                 part.__class__ = CastLinear
     return params
+
+
+def adapter_layers(net: nn.Module) -> list[nn.Module]:
+    """The layers with a LoRA."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return [module for module in net.modules() if isinstance(module, BaseTunerLayer)]
 
 
 class CastLinear(nn.Linear):
@@ -342,10 +348,10 @@ def export_lora(policy: Policy, folder, about: dict | None = None) -> None:
     scale = config.lora_alpha / config.r
     weights = get_peft_model_state_dict(policy.net, adapter_name="default")
     weights = {k: (v * scale if ".lora_B." in k else v).detach().cpu().contiguous() for k, v in weights.items()}
-    weights, file = {f"{policy.backbone.part}.{k}": v for k, v in weights.items()}, "pytorch_lora_weights.safetensors"
+    weights, file = {f"{policy.backbone.part}.{k}": v for k, v in weights.items()}, f"{folder}/{LORA_FILE}"
     os.makedirs(folder, exist_ok=True)
-    save_file(weights, f"{folder}/{file}", {"made_by": json.dumps(about)} if about else None)
-    os.chmod(f"{folder}/{file}", 0o644)  # safetensors writes for the owner only
+    save_file(weights, file, {"made_by": json.dumps(about)} if about else None)
+    os.chmod(file, 0o644)  # safetensors writes for the owner only
 
 
 def import_lora(policy: Policy, weights: dict[str, torch.Tensor]) -> str:

@@ -36,8 +36,8 @@ import eval_runs
 import harness
 import pictures
 import rewards
+from common import LORA_FILE
 from eval_files import OVER_TAGS, digest
-from eval_runs import LORA_FILE
 from harness import need
 
 SD35 = dict(model="sd3.5-medium", images_per_prompt=1, steps=40, cfg=4.5, max_sequence_length=128)
@@ -208,8 +208,7 @@ def find_loras(args) -> dict[str, Path]:
     """{label: file}, with a look at the names in each file before minutes go into loading a model."""
     part, found = args.backbone.part, {}
     for given in args.lora:
-        places = [Path(given).absolute() / end for end in ("", LORA_FILE, f"checkpoints/last/{LORA_FILE}")]
-        file = next(filter(Path.is_file, places), None)
+        file = checkpoints.lora_file(Path(given).absolute())
         need(file, f"--lora {given}: no {LORA_FILE} there; give a trainer's run folder or checkpoint")
         try:
             names = safetensors.safe_open(file, "pt").keys()

@@ -3,12 +3,12 @@
 import json
 from pathlib import Path
 
+import checkpoints
 import common
 import harness
 import rewards
 from harness import need
 
-LORA_FILE = "pytorch_lora_weights.safetensors"
 # of a run's args.json: what is taken over as it is
 SAME = "reward_path resolution max_sequence_length model t5 dtype decode_batch_size reward_batch_size".split()
 
@@ -35,11 +35,11 @@ def panel_defaults(args) -> dict:
         need(False, f"--panel {run} is no run folder ({problem!r}); give a trainer's, e.g. runs/NAME")
     need(not args.lora, f"--panel {run} evaluates the run's own checkpoints; leave --lora out")
     need(args.checkpoints > 0, f"--checkpoints {args.checkpoints} is too few; use 1 or more")
-    epochs = sorted(run.glob("checkpoints/epoch_*[0-9]/" + LORA_FILE), key=lambda file: int(file.parent.name[6:]))
+    epochs = [folder for folder in reversed(checkpoints.by_epoch(run)) if (folder / common.LORA_FILE).exists()]
     need(epochs, f"--panel {run} has no checkpoint yet; let it train longer")
     count = min(args.checkpoints, len(epochs))
     return found | dict(
-        lora=[str(epochs[(i + 1) * len(epochs) // count - 1].parent) for i in range(count)],
+        lora=[str(epochs[(i + 1) * len(epochs) // count - 1]) for i in range(count)],
         num_prompts=min(max(1, images // 4), len(harness.load_prompts(found["prompts"]))),
         images_per_prompt=4, diversity="diversity-clip", trained_on=own["reward"],
     )  # fmt: skip

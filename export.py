@@ -25,7 +25,7 @@ def read_run(given: str) -> tuple[dict, Path]:
     """Run folder or one of its checkpoints -> the run's flags and the LoRA file."""
     place, what = Path(given), f"{given} is neither a run folder nor one of its checkpoints"
     file = checkpoints.lora_file(place) if place.is_dir() else None
-    need(file, f"{what} (no {checkpoints.LORA})", "give runs/NAME or runs/NAME/checkpoints/epoch_NNNN")
+    need(file, f"{what} (no {common.LORA_FILE})", "give runs/NAME or runs/NAME/checkpoints/epoch_NNNN")
     record = next((d / "args.json" for d in (place, *place.resolve().parents[:2]) if (d / "args.json").exists()), None)
     need(record, f"{what} (no args.json beside it)", "give the run folder")
     return json.loads(record.read_text())["args"], file

@@ -26,17 +26,12 @@ from judges import diversity as judge  # noqa: E402
 PROMPTS, EACH = 32, 4
 
 
-def measure(policy, grid, prompts, noise, diversity, adapter: bool) -> dict[str, float]:
+def measure(policy, grid, prompts, noise, diversity) -> dict[str, float]:
     cond = policy.encode([p.text for p in prompts])
-    reference = range(grid.steps) if adapter else ()
-    path = common.rollout(policy, grid, cond, noise, 1.0, 64, reference, desc="")
-    drift = 0.0
-    if adapter:
-        apart = path.o_old - path.o_ref
-        shift = torch.stack([grid.at(grid.o_coef, i, apart[:, 0]) * apart[:, i] for i in reference])
-        drift = (shift**2).flatten(2).mean(2).sum(0).mean().item()
+    path = common.rollout(policy, grid, cond, noise, 1.0, 64, desc="")
+    drift, _ = common.path_distance(policy, grid, path, len(noise), 1.0, "mean")
     images = policy.decode(path.x[:, -1])
-    return {"drift": drift, "diversity": sum(diversity(group) for group in images.split(EACH)) / PROMPTS}
+    return {"drift": drift.mean().item(), "diversity": sum(diversity(group) for group in images.split(EACH)) / PROMPTS}
 
 
 @torch.no_grad()
@@ -53,10 +48,10 @@ def main():
     diversity = judge.load_diversity("diversity-clip", "cpu", str(ROOT / "tiny" / "clip"))
     prompts = [p for p in harness.load_prompts(args.eval_prompts)[:PROMPTS] for _ in range(EACH)]
     noise = common.sample_noise(0, "frontier", range(len(prompts)), grid.steps, policy.latent_shape, "cpu")
-    found = {0: measure(policy, grid, prompts, noise, diversity, adapter=False)}
-    for checkpoint in sorted((folder / "checkpoints").glob("epoch_*")):
+    found = {0: measure(policy, grid, prompts, noise, diversity)}
+    for checkpoint in reversed(checkpoints.by_epoch(folder)):
         policy.pipe.load_lora_weights(str(checkpoint), adapter_name="measured")
-        found[int(checkpoint.name[6:])] = measure(policy, grid, prompts, noise, diversity, adapter=True)
+        found[int(checkpoint.name[6:])] = measure(policy, grid, prompts, noise, diversity)
         policy.pipe.unload_lora_weights()
     checkpoints.write_json(folder / "frontier.json", found)
 

@@ -202,3 +202,18 @@ def test_an_init_lora_that_does_not_fit_is_one_sentence(tmp_path, capsys, wrong)
         vmpo.parse_args(flags)
     message = capsys.readouterr().err
     assert stop.value.code == 2 and message.count("\n") == 1 and words[wrong] in message
+
+
+def test_the_reference_is_without_a_lora_that_a_pipeline_has_loaded(run):
+    """Not only without one of add_lora(): benchmarks/frontier.py measures a checkpoint's drift so."""
+    model, folder = run
+    policy = common.Policy(plain(model), max_sequence_length=10)
+    grid, cond = policy.grid(3, "ode", 0.0), policy.encode(["a red circle"])
+    x = torch.randn(1, *policy.latent_shape, generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        base = policy.predict(x, grid.time(0, x), cond, 1.0)
+        policy.pipe.load_lora_weights(str(folder / "checkpoints" / "last"), adapter_name="measured")
+        with policy.reference():
+            frozen = policy.predict(x, grid.time(0, x), cond, 1.0)
+        own = policy.predict(x, grid.time(0, x), cond, 1.0)
+    assert torch.equal(frozen, base) and (own - base).abs().max() > 0.01
