@@ -295,7 +295,9 @@ def test_ctrl_c_does_not_wait_for_the_server(serve):
         "reward(torch.rand(4, 3, 8, 8), ['a'] * 4)\n"
     )
     root = Path(rewards.__file__).parent
-    process = subprocess.Popen([sys.executable, "-c", code], cwd=root, stderr=subprocess.PIPE, text=True)
+    heed = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731  (a background job inherits "ignore")
+    command = [sys.executable, "-c", code]
+    process = subprocess.Popen(command, cwd=root, stderr=subprocess.PIPE, text=True, preexec_fn=heed)
     try:
         while len(server.seen) < 4:
             time.sleep(0.05)
