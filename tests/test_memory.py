@@ -92,7 +92,7 @@ def outputs_and_gradients(policy, params):
 
 def test_lora_computes_in_the_bases_precision_with_float32_weights_and_gradients(half):
     (policy, params), (full, full_params) = half
-    kinds, down = set(), [layer.lora_A["default"] for layer in policy.adapted]
+    kinds, down = set(), [layer.lora_A["default"] for layer in common.adapter_layers(policy.net)]
     hooks = [part.register_forward_hook(lambda _, x, y: kinds.update([x[0].dtype, y.dtype])) for part in down]
     o, grads = outputs_and_gradients(policy, params)
     assert kinds == {torch.bfloat16}  # peft would compute it, and keep a copy of its input, in float32
