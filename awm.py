@@ -256,10 +256,7 @@ def lag_decay(steps: int, top: float, slope: float, start: int) -> float:
 
 def main(args):
     # ---- setup ---------------------------------------------------------------
-    run = harness.setup(args, "awm")
-    policy = harness.load_policy(args, run)
-    theta = harness.add_lora(policy, args)
-    reward, more = rewards.load_args(args, run.device)
+    run, policy, theta, (reward, more) = harness.start(args, "awm", rewards)
     noising = Noising(args, policy)
     optimiser = harness.make_optimiser(args, run, theta)
     lag = common.EMA(theta, 0.0)  # the lagged copy of theta; lag_decay() gives its decay

@@ -226,12 +226,9 @@ def influence(method: str, grid: common.Grid, eta, residual_scale: str) -> torch
 
 def main(args):
     # ---- setup ---------------------------------------------------------------
-    run = harness.setup(args, "first_order_rsm")
     second_order = args.backward_coef > 0
     common.second_order(second_order)
-    policy = harness.load_policy(args, run)
-    theta = harness.add_lora(policy, args)
-    reward, more = rewards.load_args(args, run.device)
+    run, policy, theta, (reward, more) = harness.start(args, "first_order_rsm", rewards)
     # VGG-Flow regresses velocities along the ODE; the others need steps with a density
     kernel, level = ("ode", 0.0) if args.method == "vgg-flow" else (args.kernel, args.noise_level)
     grid = policy.grid(args.steps, kernel, level)

@@ -263,10 +263,7 @@ def window(mode: str, width: int, first: int, end: int, lap: int, seed: int) -> 
 
 def main(args):
     # ---- setup ---------------------------------------------------------------
-    run = harness.setup(args, "grpo")
-    policy = harness.load_policy(args, run)
-    theta = harness.add_lora(policy, args)
-    reward, more = rewards.load_args(args, run.device)
+    run, policy, theta, (reward, more) = harness.start(args, "grpo", rewards)
     native = policy.grid(args.steps, args.kernel, args.noise_level)
     ode = policy.grid(args.steps, "ode", 0.0)
     sde = stochastic_grid(native, args)

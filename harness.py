@@ -1,8 +1,8 @@
 """The run side of the five trainers: what no paper mentions.  Run folder, processes, log, held-out evaluation, resume;
 the flags and their checks are in arguments.py.  Nothing here knows a method.
 
-A trainer's main() is: setup(), load_policy(), add_lora(), make_optimiser(), Recorder(...), and between
-recorder.epochs() and recorder.end_epoch() the paper's algorithm.
+A trainer's main() is: start(), make_optimiser(), Recorder(...), and between recorder.epochs() and recorder.end_epoch()
+the paper's algorithm.
 """
 
 import csv
@@ -244,6 +244,13 @@ def versions() -> dict[str, str]:
 
 
 # ---- model and optimiser from the flags --------------------------------------
+def start(args, method: str, rewards):
+    """Run, policy, its adapter's weights theta, and (the reward, one more for evaluations or None)."""
+    run = setup(args, method)
+    policy = load_policy(args, run)
+    return run, policy, add_lora(policy, args), rewards.load_args(args, run.device)
+
+
 def load_policy(args, run: Run) -> common.Policy:
     """The pipeline of --model behind common's interface, without an adapter yet."""
     import diffusers

@@ -260,10 +260,7 @@ def all_rows(levels: dict[int, Level], *children: torch.Tensor) -> Rows:
 
 def main(args):
     # ---- setup ---------------------------------------------------------------
-    run = harness.setup(args, "tempflow_rsm")
-    policy = harness.load_policy(args, run)
-    theta = harness.add_lora(policy, args)
-    reward, more = rewards.load_args(args, run.device)
+    run, policy, theta, (reward, more) = harness.start(args, "tempflow_rsm", rewards)
     native = policy.grid(args.steps, args.kernel, args.noise_level)
     ode = policy.grid(args.steps, "ode", 0.0)
     sde = stochastic_grid(native, args)

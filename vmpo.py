@@ -216,12 +216,9 @@ class MeanNet(nn.Module):
 
 def main(args):
     # ---- setup ---------------------------------------------------------------
-    run = harness.setup(args, "vmpo")
     second_order = args.objective in ("gradient-xt", "gradient-gfn")
     common.second_order(second_order)
-    policy = harness.load_policy(args, run)
-    theta = harness.add_lora(policy, args)
-    reward, more = rewards.load_args(args, run.device)
+    run, policy, theta, (reward, more) = harness.start(args, "vmpo", rewards)
     grid = policy.grid(args.steps, args.kernel, args.noise_level)
     steps = common.policy_steps(grid, args.train_steps)
     if args.objective not in GRADIENT:  # log w is a multiplier of z, as A is
