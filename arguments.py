@@ -239,7 +239,7 @@ def model_flags(parser) -> None:
 def run_flags(parser) -> None:
     flag = flags(parser, "run")
     flag("--preset", "", "text", "a paper's experiment, see the end of this help; explicit flags win")
-    flag("--seed", 0, "int", "of everything that is random")
+    flag("--seed", 0, "int", "of everything that is random; several seeds together: eval.py --sweep")
     flag("--runs", "runs", "text", "folder in which the run folder is made")
     flag("--name", "", "text", "name of the run folder; default METHOD_REWARD_sSEED_TIME")
     flag("--resume", "", "text", "go on with this run from its last checkpoint, with its own flags", metavar="RUN")

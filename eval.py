@@ -7,6 +7,7 @@ Resume: images and scores are named after all they depend on; the same command g
 Run:   python eval.py --preset tiny --lora runs/NAME             # embedded model, CPU, minutes
        python eval.py --preset vmpo-table1 --lora runs/NAME/checkpoints/last OTHER.safetensors
        python eval.py --panel runs/NAME                          # is the reward being hacked?
+       python eval.py --sweep 'runs/vmpo_*'                      # runs' own curves, the seeds of a setting together
 Every preset, file and key: docs/eval.md.
 """
 
@@ -87,6 +88,7 @@ def parse_args(argv=None):
     flag = harness.flags(parser, "what is compared")
     flag("--lora", [], "text", "LoRAs: run folders, checkpoints or files", nargs="*", metavar="PATH")
     flag("--panel", "", "text", "a run's checkpoints: is its reward hacked?", metavar="RUN")
+    flag("--sweep", [], "text", "held-out curves of runs, seeds together; draws no image", nargs="+", metavar="GLOB")
     flag("--checkpoints", 8, "int >= 1", "of --panel: at most so many, evenly spaced")
     flag("--prompts", "prompts/benchmark_ir.txt", "text", "comma-separated .txt or .jsonl files")
     flag("--num-prompts", None, "int >= 1", "P: the first P prompts; default all (paper: 100)")
@@ -119,15 +121,22 @@ def parse_args(argv=None):
     # what harness reads besides; once the prompts are encoded, the encoders leave the GPU
     parser.set_defaults(gradient_checkpointing=False, detach_uncond=False, lora_targets="attention")
     parser.set_defaults(offload_text_encoders=True, offload_rollout=False, vae_dtype="float32")
+    command = shlex.join(["python", "eval.py", *(sys.argv[1:] if argv is None else argv)])
     try:
         first = parser.parse_args(argv)
+        if first.sweep:
+            given = [k for k, v in vars(first).items() if k not in ("sweep", "out") and v != parser.get_default(k)]
+            odd = ", ".join("--" + key.replace("_", "-") for key in given)
+            need(not given, f"--sweep shows what the runs have measured themselves; leave {odd} out")
+            first.command = command
+            return first
         own = eval_runs.panel_defaults(first) if first.panel else eval_runs.lora_defaults(first)
         if first.preset:  # a protocol: with its sampler, which is deterministic
             own = {name: value for name, value in own.items() if name not in ("kernel", "noise_level")}
         parser.set_defaults(**own | PRESETS.get(first.preset, {}))
         args = parser.parse_args(argv)
         eval_runs.own_paths(args, first, own)
-        args.command = shlex.join(["python", "eval.py", *(sys.argv[1:] if argv is None else argv)])
+        args.command = command
         harness.check_limits(parser, args)
         check_args(args)
         args.lora_files = find_loras(args)
@@ -448,6 +457,8 @@ def panel_data(args, scores, summary, groups: list) -> dict:
 
 # ---- main --------------------------------------------------------------------
 def main(args):
+    if args.sweep:
+        return eval_runs.sweep(args)
     # ---- 1 what is there already ---------------------------------------------
     out, device = Path(args.out), torch.device(args.device)
     dtype, reason = harness.pick_dtype(args.dtype, device)

@@ -80,6 +80,10 @@ def table(summary: dict) -> str:
         if model != "base":
             gains = (cell(e["difference"], e["difference_se"], "+") for e in terms.values())
             rows.append([f"{model} - base", *gains])
+    return aligned(rows)
+
+
+def aligned(rows: list[list[str]]) -> str:
     widths = [max(map(len, column)) for column in zip(*rows)]
     rows.insert(1, ["-" * w for w in widths])
     return "\n".join("| " + " | ".join(c.ljust(w) for c, w in zip(row, widths)) + " |" for row in rows)

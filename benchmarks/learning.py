@@ -29,6 +29,10 @@ import numpy
 from scipy import stats
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from eval_runs import interval, iqm  # noqa: E402
+
 RELEASE = (
     "--sampler SASolverScheduler --sampler-noise 0.4 --weight ghuber --train-timesteps 6 --train-fraction 0.9 "
     "--skip-first --adv-norm global --adv-scale 5 --clip-range 1 --ratio exp-each --offpolicy none "
@@ -204,19 +208,6 @@ def seconds_per_epoch(args, preset, variant) -> float:
 
 
 # ---- statistics over seeds ---------------------------------------------------
-def iqm(values, axis=-1):
-    """Interquartile mean: of the middle half."""
-    return stats.trim_mean(values, 0.25, axis=axis)
-
-
-def interval(statistic, *samples) -> list[float]:
-    """95 % percentile bootstrap interval over the seeds; of three seeds it is little more than their range."""
-    if min(map(len, samples)) < 2:
-        return [float("nan")] * 2
-    options = dict(n_resamples=4000, method="percentile", rng=numpy.random.default_rng(0))
-    return list(stats.bootstrap(samples, statistic, **options).confidence_interval)
-
-
 def improvement(x, y, axis=-1):
     """P(X > Y) + P(X = Y) / 2 over all pairs of seeds: the Mann-Whitney statistic."""
     return stats.mannwhitneyu(x, y, axis=axis).statistic / (numpy.shape(x)[axis] * numpy.shape(y)[axis])
