@@ -2,7 +2,8 @@
 Paper: Xue et al., "Advantage Weighted Matching: Aligning RL with Pretraining in
        Diffusion Models", arXiv 2509.25050
 Official code: github.com/scxue/advantage_weighted_matching
-Also here: DiffusionNFT (Zheng et al., arXiv 2509.16117; github.com/NVlabs/DiffusionNFT)
+Also here: DiffusionNFT (Zheng et al., arXiv 2509.16117; github.com/NVlabs/DiffusionNFT),
+       RAM (Bergmeister et al., arXiv 2605.10759; code AndreasBergmeister/ram), second-hand: docs/awm.md
 
 Idea:  the image x_0 is the action, and log p_theta(x_0 | c) is replaced by its evidence
        bound, minus the denoising loss.  A policy gradient is then pretraining with
@@ -130,7 +131,7 @@ METRICS = harness.Metrics(
 def parse_args(argv=None):
     parser = harness.make_parser(__doc__, "awm")
     flag = harness.flags(parser, "method")
-    flag("--objective", "awm", ["awm", "nft"], "Eq. 9-12, or DiffusionNFT's on the same images")
+    flag("--objective", "awm", ["awm", "nft", "ram"], "Eq. 9-12; DiffusionNFT's, RAM's on the same images")
     flag("--adv-norm", "group", ["group", "global", "none", "rloo", "raw"], "A (paper: group; code: global)")
     flag("--adv-per-reward", False, "yes/no", "A = sum_k w_k A(r_k), each reward of a sum by itself (GDPO)")
     flag("--adv-clip", 5.0, "float > 0 or inf", "A is clipped to +- this; nft: A_max (codes: 5)")
@@ -139,14 +140,14 @@ def parse_args(argv=None):
     flag("--weight", "uniform", weights, "w(t) of Eq. 10 (paper: 1; code: ghuber)")
     flag("--huber-power", 0.25, "float > 0", "p of ghuber (code: 0.25)")
     flag("--train-timesteps", 4, "int >= 1", "n_t: noisings of an image (paper: 4, Sec. 5; code: 6)")
-    laws = ["discrete", "discrete-with-init", "subset", "uniform", "uniform-shifted", "logit-normal"]
-    flag("--timesteps", "discrete", laws, "law of t; discrete: the sampler's grid (Sec. 5.2); subset: NFT")
+    laws = ["discrete", "discrete-with-init", "subset", "uniform", "uniform-shifted", "linear", "logit-normal"]
+    flag("--timesteps", "discrete", laws, "law of t; discrete: sampler's grid (Sec. 5.2); subset: NFT; linear: RAM")
     flag("--stratified", True, "yes/no", "one t from each of n_t equal bins of the law (code)")
     flag("--skip-first", False, "yes/no", "discrete without t = 1: discrete_wo_init (code: GenEval, OCR)")
     flag("--t-min", 0.01, "float in (0, 1)", "smallest t of the other laws (code: 0.01; uniform 0.2)")
     flag("--ratio", "mean-then-exp", ["mean-then-exp", "exp-each"], "exp of the mean over t (Eq. 11), of each (code)")
     flag("--clip-range", 0.0, "float >= 0", "xi of a PPO clip; 0 = none (paper: omitted; code: 1)")
-    flag("--beta", 0.4, "float >= 0", "KL to the reference, in units of A (paper: 0.4, PickScore 0.01)")
+    flag("--beta", 0.4, "float >= 0", "KL to the reference, in units of A (paper: 0.4, PickScore 0.01); ram: 1 / m")
     flag("--kl-weight", "uniform", ["uniform", "elbo"], "w_KL(t) of Eq. 12: 1, or 1 / (2 g^2) (code)")
     flag("--offpolicy", "half", ["half", "none", "lagged"], "old policy: rollout's (Sec. 5.2), theta, lagged copy")
     flag("--lag-coef", 0.0, "float >= 0", "KL to the lagged copy (code: 1); 0 = off")
@@ -237,6 +238,15 @@ def nft_loss(adv, o, o_old, target, strength: float, adv_max: float, to_x0=None,
     return adv_max / strength * loss
 
 
+def ram_loss(adv, o, o_old, target) -> torch.Tensor:
+    """RAM's 2 A mean <o - o_old, o_old - target>, of adv's shape; its anchor is Eq. 12's KL.
+
+    Their sum has the gradient of RAM's Eq. 17 times beta, with the reward A / beta:
+    beta ||o - sg[o_ref + A / beta (target - o_old)]||^2; o_old: sg[o], or the lagged copy's (code).
+    """
+    return 2 * adv * ((o - o_old) * (o_old - target)).flatten(-3).double().mean(-1)
+
+
 def x0_hat(kind: str, x_t, alpha, nu, o) -> torch.Tensor:
     """E[x_0 | x_t], (..., C, h, w), from the network's output o; alpha, nu (...)."""
     alpha, nu = alpha[..., None, None, None], nu[..., None, None, None]
@@ -321,6 +331,10 @@ def main(args):
                     space = (to_x0, x0[n, None]) if args.nft_space == "x0" else ()
                     loss = nft_loss(a[:, None], o, o_lag, rows.target, args.nft_beta, args.adv_clip, *space)
                     loss, log_ratio = loss.mean(1), torch.zeros_like(error)  # it has no ratio
+                elif args.objective == "ram":  # 4c adds its anchor
+                    o_old = o_lag if args.offpolicy == "lagged" else o.detach()
+                    loss = ram_loss(a[:, None], o, o_old, rows.target).mean(1)
+                    log_ratio = torch.zeros_like(error)
                 else:
                     settings = (rows.t, args.weight, args.huber_power, rows.elbo)
                     both = (weighted_error(e, *settings) for e in (error, error_old))
@@ -402,9 +416,11 @@ class Noising:
             first = int(args.skip_first)
             return self.grid[first + (u * (count - first)).long()]
         t = args.t_min + (1 - args.t_min) * u
+        if args.timesteps == "linear":  # RAM: density 2 t
+            t = u.sqrt().clamp(min=args.t_min)
         if args.timesteps == "logit-normal":
             t = torch.special.ndtri(u).sigmoid()
-        if args.timesteps != "uniform":
+        if args.timesteps not in ("uniform", "linear"):
             t = (shift * t / (1 + (shift - 1) * t)).clamp(min=args.t_min)  # ref-code: the clamp
         if self.flow:
             return t * 1000
@@ -542,8 +558,11 @@ def check(args):
     harness.check_updates(args, args.num_prompts * args.group_size, "images")
     harness.check_group(args)
     nft = "--objective nft takes v_old from the lagged copy and scales A by --adv-clip alone"
-    fits = args.objective == "awm" or args.offpolicy == "lagged" and args.adv_scale == 1
+    fits = args.objective != "nft" or args.offpolicy == "lagged" and args.adv_scale == 1
     need(fits, nft, "use --offpolicy lagged, leave --adv-scale out")
+    ram = "--objective ram takes its anchor from --beta, its v_old from theta or the lagged copy"
+    fits = args.beta > 0 and args.offpolicy != "half" and args.kl_weight == "uniform"
+    need(fits or args.objective != "ram", ram, "use --beta > 0, --offpolicy none or lagged, --kl-weight uniform")
     flow = f"--kl-weight elbo is the flow SDE's, --model {args.model} is not a flow model"
     need(args.kl_weight != "elbo" or args.kind == "flow", flow, "use uniform")
     none = f"--train-fraction {args.train_fraction} (and --skip-first) leaves no step of --steps {args.steps}"

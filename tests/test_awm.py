@@ -586,6 +586,90 @@ def test_nft_divides_by_no_zero():
     assert (loss == 0).all() and (torch.autograd.grad(loss.sum(), o)[0] == 0).all()
 
 
+# ---- RAM ------------------------------------------------------------------------------------------------------------
+def gradient(loss, x):
+    return torch.autograd.grad(loss.sum(), x, retain_graph=True)[0]
+
+
+def test_ram_with_its_anchor_is_the_regression_of_eq_17():
+    """|| v - sg[v_ref + m A (v* - v_old)] ||^2 / m of rows and times, m = 1 / beta, against ram_loss + beta KL."""
+    beta, adv, v = 0.05, randn(5), randn(5, 3, 2, 4, 4).requires_grad_()
+    ref, target, lag = randn(5, 3, 2, 4, 4), randn(5, 3, 2, 4, 4), randn(5, 3, 2, 4, 4)
+    for old in (lag, v.detach()):
+        ours = awm.ram_loss(adv[:, None], v, old, target) + beta * awm.matching_error(v, ref)
+        assert ours.shape == (5, 3)
+        rows = [
+            ((v[j] - ref[j] - a / beta * (target[j] - old[j])) ** 2).mean((1, 2, 3)) * beta
+            for j, a in enumerate(adv.tolist())
+        ]
+        close(gradient(ours, v), gradient(torch.stack(rows), v), 1e-10)
+        offsets = (torch.stack(rows) - ours).detach()  # the same square up to what does not depend on v
+        moved = torch.randn_like(v)
+        again = awm.ram_loss(adv[:, None], moved, old, target) + beta * awm.matching_error(moved, ref)
+        rows = [
+            ((moved[j] - ref[j] - a / beta * (target[j] - old[j])) ** 2).mean((1, 2, 3)) * beta
+            for j, a in enumerate(adv.tolist())
+        ]
+        close(torch.stack(rows) - again, offsets, 1e-9)
+
+
+def test_ram_on_policy_is_awm_on_policy():
+    """Old policy theta, w = 1: the same gradient; off-policy RAM is AWM's exponent without the square of v - v_old."""
+    adv, v, target, old = randn(6), randn(6, 3, 2, 4, 4).requires_grad_(), randn(6, 3, 2, 4, 4), randn(6, 3, 2, 4, 4)
+    error = awm.matching_error(v, target)
+    matching, _ = awm.awm_loss(adv, error, error.detach(), "mean-then-exp")
+    ram = awm.ram_loss(adv[:, None], v, v.detach(), target).mean(1)
+    close(gradient(ram, v), gradient(matching, v), 1e-10)
+    assert gradient(ram, v).abs().min() > 0
+    log_ratio = awm.matching_error(old, target) - error
+    close(awm.ram_loss(adv[:, None], v, old, target), -adv[:, None] * (log_ratio + awm.matching_error(v, old)), 1e-10)
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_rams_fixed_point_in_closed_form(exact):
+    """Reference N(0, 1) at t = 1/2: exp(c x) makes it N(c, 1), exp(-c x^2 / 2) makes it N(0, 1 / (1 + c)).
+
+    RAM stands still at the first; at the second (c = 1) it pulls from v* - v_ref = 2/3 x_t towards 4/9 x_t.
+    """
+    c, x_t = (0.8 if exact else 1.0), 0.6 + torch.rand(()).item()
+    var = 1 if exact else 1 / (1 + c)
+    mean = c if exact else 0.0
+    # x_0 given x_t = (x_0 + e) / 2
+    posterior_var = 1 / (1 / var + 1)
+    posterior = posterior_var * (mean / var + 2 * x_t)
+    grid = torch.linspace(-9, 9, 20001, dtype=F64) * posterior_var**0.5 + posterior
+    weight = torch.exp(-((grid - posterior) ** 2) / (2 * posterior_var))
+    weight = weight / weight.sum()
+    reward = c * grid if exact else -c * grid**2 / 2
+    target = (2 * x_t - grid) - grid  # e - x_0
+    best = (weight * target).sum()  # E[e - x_0 | x_t] under the optimum
+    reference = torch.tensor(0.0, dtype=F64)  # of N(0, 1) at t = 1/2
+    v = best.clone().requires_grad_()
+    one = v.expand(len(grid), 1, 1, 1)
+    loss = awm.ram_loss(reward, one, one.detach(), target[:, None, None, None])
+    anchor = awm.matching_error(v.view(1, 1, 1), reference.view(1, 1, 1))
+    left = torch.autograd.grad((weight * loss).sum() + anchor, v)[0]
+    close(left, 0.0 if exact else 2 * (best - 4 / 9 * x_t).item(), 1e-7)
+    assert best.item() == pytest.approx(-c if exact else 2 / 3 * x_t)
+
+
+def test_ram_takes_theta_or_the_lagged_copy(capsys):
+    arguments("flow", *"--objective ram --offpolicy none --beta 0.01".split())
+    arguments("eps", *"--objective ram --offpolicy lagged --adv-scale 5".split())
+    for flags in ("--offpolicy half", "--offpolicy none --beta 0", "--offpolicy none --kl-weight elbo"):
+        with pytest.raises(SystemExit) as stop:
+            arguments("flow", "--objective", "ram", *flags.split())
+        assert stop.value.code == 2 and "--objective ram" in capsys.readouterr().err
+
+
+def test_linear_law_has_density_2t():
+    q = torch.linspace(0.02, 0.98, 25, dtype=F64)
+    for kind in ("flow", "eps"):
+        t = times(noising(kind, "--timesteps", "linear", "--train-timesteps", 8)) / 1000
+        close(quantiles(t, q), q.sqrt(), 6e-3)
+    assert times(noising("flow", "--timesteps", "linear", "--t-min", 0.3), 300).min() == 300
+
+
 # ---- samplers -------------------------------------------------------------------------------------------------------
 SAMPLERS = [
     ("flow", "ode"), ("flow", "sde"), ("flow", "DPMSolverMultistepScheduler"), ("flow", "UniPCMultistepScheduler"),
