@@ -3,7 +3,8 @@ Paper: Xue et al., "Advantage Weighted Matching: Aligning RL with Pretraining in
        Diffusion Models", arXiv 2509.25050
 Official code: github.com/scxue/advantage_weighted_matching
 Also here: DiffusionNFT (Zheng et al., arXiv 2509.16117; github.com/NVlabs/DiffusionNFT),
-       RAM (Bergmeister et al., arXiv 2605.10759; code AndreasBergmeister/ram), second-hand: docs/awm.md
+       RAM (Bergmeister et al., arXiv 2605.10759; code AndreasBergmeister/ram), V-GRPO (Tang et al.,
+       arXiv 2604.23380; code tang-bd/v-grpo), both second-hand: docs/awm.md
 
 Idea:  the image x_0 is the action, and log p_theta(x_0 | c) is replaced by its evidence
        bound, minus the denoising loss.  A policy gradient is then pretraining with
@@ -135,11 +136,13 @@ def parse_args(argv=None):
     flag("--adv-norm", "group", ["group", "global", "none", "rloo", "raw"], "A (paper: group; code: global)")
     flag("--adv-per-reward", False, "yes/no", "A = sum_k w_k A(r_k), each reward of a sum by itself (GDPO)")
     flag("--adv-clip", 5.0, "float > 0 or inf", "A is clipped to +- this; nft: A_max (codes: 5)")
+    flag("--adv-soft-clip", 0.0, "float >= 0", "eta of A <- eta tanh(A / eta), after them (V-GRPO: 3); 0 = off")
     flag("--adv-scale", 1.0, "float > 0", "divides A after clipping (paper: 1; code: 5)")
-    weights = ["uniform", "elbo", "t", "t2", "huber", "ghuber"]
-    flag("--weight", "uniform", weights, "w(t) of Eq. 10 (paper: 1; code: ghuber)")
+    weights = ["uniform", "elbo", "t", "t2", "huber", "ghuber", "adaptive"]
+    flag("--weight", "uniform", weights, "w(t) of Eq. 10 (paper: 1; code: ghuber; V-GRPO: adaptive)")
     flag("--huber-power", 0.25, "float > 0", "p of ghuber (code: 0.25)")
     flag("--train-timesteps", 4, "int >= 1", "n_t: noisings of an image (paper: 4, Sec. 5; code: 6)")
+    flag("--noisings-of", "image", ["image", "group"], "whose t and e they are: each image's, a group's (V-GRPO)")
     laws = ["discrete", "discrete-with-init", "subset", "uniform", "uniform-shifted", "linear", "logit-normal"]
     flag("--timesteps", "discrete", laws, "law of t; discrete: sampler's grid (Sec. 5.2); subset: NFT; linear: RAM")
     flag("--stratified", True, "yes/no", "one t from each of n_t equal bins of the law (code)")
@@ -184,11 +187,14 @@ def elbo_weights(abar: torch.Tensor) -> torch.Tensor:
     return -0.5 * torch.gradient((abar / (1 - abar)).log(), spacing=1 / len(abar))[0]
 
 
-def weighted_error(error, t, kind: str, power: float = 0.25, elbo=None) -> torch.Tensor:
+def weighted_error(error, t, kind: str, power: float = 0.25, elbo=None, absolute=None) -> torch.Tensor:
     """w(t) error, of any shape; Eq. 10's bound is minus this.
 
     elbo: elbo_weights() of noise errors; without it "elbo" is the velocity error's weight.
+    absolute: mean |o - target|; "adaptive" is V-GRPO's Eq. 14, ||x_0_hat - x_0||^2 / sg[mean |x_0_hat - x_0|].
     """
+    if kind == "adaptive":  # x_0_hat - x_0 is t times o - target (flow), nu / alpha times it (else)
+        return (t if elbo is None else t / (1 - t)) * error / absolute.detach()
     if kind == "huber":  # ref-code: this and ghuber are t times a concave function
         return t * ((error + 1e-10).sqrt() - 1e-5)
     if kind == "ghuber":
@@ -292,6 +298,8 @@ def main(args):
             adv, zero = common.sum_of_advantages(parts, reward.weights, args.group_size, args.adv_norm)
         clipped = adv.abs() > args.adv_clip
         adv = adv.clamp(-args.adv_clip, args.adv_clip) / args.adv_scale
+        if args.adv_soft_clip:
+            adv = args.adv_soft_clip * torch.tanh(adv / args.adv_soft_clip)
 
         # ---- 4 update --------------------------------------------------------
         recorder.phase()
@@ -305,7 +313,7 @@ def main(args):
             for n in common.micro_batches(torch.cat(updates[1:]).unique(), size, "old policy"):
                 rows = noising.rows(n, x0, batch, epoch)
                 with torch.no_grad():
-                    old[n] = matching_error(output(policy, rows, args), rows.target)
+                    old[n] = bound(args, rows, output(policy, rows, args))
         if not args.beta:  # no term needs the reference: at a few images, for the log
             for n in common.micro_batches(harness.watched_rows(args, batch, [0], epoch)[:, 0], size, ""):
                 stats.add({"kl/ref": reference_distance(policy, noising.rows(n, x0, batch, epoch), args)})
@@ -320,12 +328,7 @@ def main(args):
                     o_lag = output(policy, rows, args) if lagged(args) else None
                 o = output(policy, rows, args)  # (b, n_t, C, h, w)
                 error = matching_error(o, rows.target)  # (b, n_t)
-                # 4b: the old policy's error, the policy loss
-                error_old = error.detach()  # theta itself: the ratio is 1, with a gradient
-                if args.offpolicy == "lagged":
-                    error_old = matching_error(o_lag, rows.target)
-                elif args.offpolicy == "half" and update > 0:
-                    error_old = old[n]
+                # 4b: the policy loss
                 if args.objective == "nft":  # v_old is the lagged copy's
                     to_x0 = functools.partial(x0_hat, policy.kind, rows.x_t, rows.alpha, rows.nu)
                     space = (to_x0, x0[n, None]) if args.nft_space == "x0" else ()
@@ -336,9 +339,13 @@ def main(args):
                     loss = ram_loss(a[:, None], o, o_old, rows.target).mean(1)
                     log_ratio = torch.zeros_like(error)
                 else:
-                    settings = (rows.t, args.weight, args.huber_power, rows.elbo)
-                    both = (weighted_error(e, *settings) for e in (error, error_old))
-                    loss, log_ratio = awm_loss(a, *both, args.ratio, args.clip_range)
+                    weighted = bound(args, rows, o)
+                    weighted_old = weighted.detach()  # theta itself: the ratio is 1, with a gradient
+                    if args.offpolicy == "lagged":
+                        weighted_old = bound(args, rows, o_lag)
+                    elif args.offpolicy == "half" and update > 0:
+                        weighted_old = old[n]
+                    loss, log_ratio = awm_loss(a, weighted, weighted_old, args.ratio, args.clip_range)
                 # 4c: + KL to the reference and to the lagged copy, gradients
                 total, values = loss, {}
                 if args.beta:
@@ -430,7 +437,8 @@ class Noising:
         """Images x0 (b, C, h, w) -> x_t, target, timestep, t, alpha and nu of Noised."""
         timestep, e = [], []
         for index in indices:
-            generator = common.generator("noising", self.args.seed, epoch, index)
+            owner = index // self.args.group_size if self.args.noisings_of == "group" else index
+            generator = common.generator("noising", self.args.seed, epoch, owner)
             timestep.append(self.timesteps(generator))
             e.append(torch.randn((self.args.train_timesteps, *x0.shape[1:]), generator=generator))
         timestep, e, x0 = torch.stack(timestep), torch.stack(e).to(x0), x0[:, None]
@@ -455,6 +463,13 @@ def output(policy, rows: Noised, args) -> torch.Tensor:
     """o(x_t, t, c) of every noising, (b, n_t, C, h, w), by the policy that is switched on."""
     x_t, timestep = rows.x_t.flatten(0, 1), rows.timestep.flatten()
     return policy.predict(x_t, timestep, rows.cond, args.train_cfg).view_as(rows.x_t)
+
+
+def bound(args, rows: Noised, o: torch.Tensor) -> torch.Tensor:
+    """w(t) mean ||o - target||^2, (b, n_t): minus l of Eq. 10."""
+    absolute = (o - rows.target).detach().abs().flatten(-3).double().mean(-1)
+    error = matching_error(o, rows.target)
+    return weighted_error(error, rows.t, args.weight, args.huber_power, rows.elbo, absolute)
 
 
 @torch.no_grad()

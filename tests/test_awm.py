@@ -670,6 +670,53 @@ def test_linear_law_has_density_2t():
     assert times(noising("flow", "--timesteps", "linear", "--t-min", 0.3), 300).min() == 300
 
 
+# ---- V-GRPO ---------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("kind", ["flow", "eps"])
+def test_adaptive_weight_is_x0s_error_over_its_own_size(kind):
+    """V-GRPO's surrogate as its code has it, mean (x - x_0)^2 / sg mean |x - x_0| of the predicted x, and exp of
+    the difference of its means over t; on-policy its gradient is DiffusionNFT's, whatever NFT's b."""
+    count = (5, 3)
+    nu = 0.05 + 0.9 * torch.rand(count, dtype=F64)
+    alpha = 1 - nu if kind == "flow" else (1 - nu**2).sqrt()
+    wide = (..., None, None, None)
+    x0, e, o_old, o = (randn(*count, 2, 4, 4) for _ in range(4))
+    x0 = x0[:, :1]  # an image's noisings have its x_0
+    x_t, target = alpha[wide] * x0 + nu[wide] * e, e - x0 if kind == "flow" else e
+    o.requires_grad_()
+    rows = SimpleNamespace(t=nu / (alpha + nu), target=target, elbo=None if kind == "flow" else torch.ones(count))
+    args = SimpleNamespace(weight="adaptive", huber_power=0.25)
+
+    def surrogate(o):
+        x = x_t - nu[wide] * o if kind == "flow" else (x_t - nu[wide] * o) / alpha[wide]
+        return ((x - x0) ** 2).mean((2, 3, 4)) / (x - x0).detach().abs().mean((2, 3, 4))
+
+    for out in (o, o_old):
+        close(awm.bound(args, rows, out), surrogate(out), 1e-9)
+    close(gradient(awm.bound(args, rows, o), o), gradient(surrogate(o), o), 1e-9)
+    adv, xi = randn(5), 0.01
+    ours, _ = awm.awm_loss(adv, awm.bound(args, rows, o), awm.bound(args, rows, o_old), "mean-then-exp", xi)
+    rho = (surrogate(o_old).mean(1) - surrogate(o).mean(1)).exp()
+    close(ours, -torch.minimum(rho * adv, rho.clamp(1 - xi, 1 + xi) * adv), 1e-9)
+    on_policy, _ = awm.awm_loss(adv, awm.bound(args, rows, o), awm.bound(args, rows, o).detach(), "mean-then-exp")
+    to_x0 = lambda v: awm.x0_hat(kind, x_t, alpha, nu, v)  # noqa: E731
+    nft = awm.nft_loss(adv[:, None], o, o.detach(), target, 0.1 + torch.rand(()).item(), 9.0, to_x0, x0).mean(1)
+    close(gradient(on_policy, o), gradient(nft, o), 1e-9)
+
+
+@pytest.mark.parametrize("kind", ["flow", "eps"])
+def test_noisings_of_a_group_are_shared_by_its_images_alone(kind):
+    x0 = torch.randn(8, 2, 3, 3)
+    draw = noising(kind, "--noisings-of", "group")  # groups of 4
+    x_t, target, timestep, _, alpha, nu = draw(x0, 3, range(8))
+    e = (x_t - alpha[..., None, None, None] * x0[:, None]) / nu[..., None, None, None]
+    for one, two, same in ((0, 3, True), (4, 7, True), (3, 4, False), (0, 4, False)):
+        assert torch.equal(timestep[one], timestep[two]) or not same
+        assert torch.allclose(e[one], e[two], atol=1e-3) == same
+    part = draw(x0[[6, 1]], 3, [6, 1])
+    assert torch.equal(part[0], x_t[[6, 1]])
+    assert not torch.isclose(draw(x0, 4, range(8))[0], x_t).flatten(1).all(1).any()
+
+
 # ---- samplers -------------------------------------------------------------------------------------------------------
 SAMPLERS = [
     ("flow", "ode"), ("flow", "sde"), ("flow", "DPMSolverMultistepScheduler"), ("flow", "UniPCMultistepScheduler"),

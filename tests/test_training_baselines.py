@@ -463,6 +463,8 @@ class AwmOracle:
         n = common.shuffled_rows(range(samples), samples, [0], args.updates_per_epoch, *key)[part][:, 0]
         adv, _ = advantages(self.spy.finals[self.epoch].double(), args.adv_norm, args.group_size, args.adv_clip)
         a, t = adv[n] / args.adv_scale, self.t[n]
+        if args.adv_soft_clip:
+            a = args.adv_soft_clip * torch.tanh(a / args.adv_soft_clip)
         with torch.no_grad():
             first = update % per_epoch == 0 and args.offpolicy == "half" or args.offpolicy == "none"
             o_old, o_ref, o_lag = (self.output(w, n) for w in (weights if first else self.old, None, self.lag))
@@ -477,15 +479,20 @@ class AwmOracle:
             ends = [[(max(0, i - 1), min(999, i + 1)) for i in row] for row in self.time[n].long().tolist()]
             elbo = torch.tensor([[500 * math.log(snr[a] / snr[b]) / (b - a) for a, b in row] for row in ends])
 
-        def bound(e):  # -l
-            p = args.huber_power
+        def bound(e, o):  # -l
+            p, wide = args.huber_power, (slice(None), slice(None), None, None, None)
+            gap = o.detach() - self.target[n]
+            gap = self.nu[n][wide] * gap if args.kind == "flow" else self.nu[n][wide] / self.alpha[n][wide] * gap
+            if args.weight == "adaptive":  # V-GRPO: mean squares of x_0's error over its detached mean
+                gain = (gap**2).mean((2, 3, 4)) / e.detach()
+                return gain * e / gap.abs().mean((2, 3, 4))
             return {
                 "uniform": e, "elbo": e * elbo, "t": e * t, "t2": e * t**2,
                 "huber": t * ((e + 1e-10).sqrt() - 1e-5), "ghuber": t / p * ((e + 1e-10) ** p - 1e-10**p),
             }[args.weight]  # fmt: skip
 
         e, e_old = square(o, self.target[n]), square(o_old, self.target[n])
-        log_ratio = bound(e_old) - bound(e)
+        log_ratio = bound(e_old, o_old) - bound(e, o)
         if args.ratio == "mean-then-exp":
             log_ratio = log_ratio.mean(1, keepdim=True)
         ratio = log_ratio.exp()
@@ -538,6 +545,7 @@ AWM_BOTH = [
     " --lag-decay-max 0.6 --lag-decay-start 2 --epochs 2",
     HALF + "--objective ram --offpolicy lagged --lag-decay-slope 0.3 --beta 0.05 --timesteps linear --epochs 2",
     "--objective ram --offpolicy none --adv-norm global --adv-clip inf --beta 0.01",
+    HALF + "--weight adaptive --noisings-of group --adv-soft-clip 0.7 --clip-range 1e-3 --beta 0 --epochs 2",
     HALF + "--train-cfg 2 --cfg 2 --train-timesteps 2 --shared-noise --sampler sde",
 ]
 AWM_ONE = [
