@@ -5,6 +5,7 @@ Everything that can be wrong before a model is loaded is found here, in one sent
 
 import argparse
 import importlib.util
+import itertools
 import json
 import math
 import os
@@ -12,6 +13,7 @@ import re
 import sys
 import textwrap
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -30,9 +32,36 @@ MODELS = {  # name: folder or hub id, pipeline, latent channels, pixels per late
     "tiny-sd15": (str(HERE / "tiny" / "sd15"), "StableDiffusionPipeline", 4, 4, 32, 1.1),
     "tiny-sd35": (str(HERE / "tiny" / "sd35"), "StableDiffusion3Pipeline", 4, 4, 32, 1.3),
 }
-# GiB that the network keeps of a sample of 512 px and a branch of the guidance, in half precision, for the backward
-# pass: as it is, and with checkpointing (python -m benchmarks.activations)
-ACTIVATIONS = {"sd15": (0.75, 0.20), "sd3.5-medium": (1.89, 0.18), "flux.1-dev": (5.42, 0.48)}
+
+
+class Counted(NamedTuple):
+    """What of a model takes memory."""
+
+    denoiser: float  # parameters (M), as are the next three
+    decoder: float  # with its encoder
+    encoders: float  # of the text, without T5
+    t5: float
+    width: int  # of a token's embedding
+    adapter: float  # LoRA weights of each rank (M)
+    update: tuple[float, float]  # GiB of a forward and backward pass, half precision; and with checkpointing
+    decode: tuple[float, float] = (0.75, 5.68)  # GiB of an image, float32; and with gradient
+    resolution: int = 512
+    latent: int = 0  # scalars
+
+
+COUNTED = {  # python -m benchmarks.activations: a sample of 512 px, 128 tokens of T5
+    ("sd15", "attention"): Counted(859.5, 83.7, 123.1, 0, 768, 0.199, (0.78, 0.22)),
+    ("sd15", "attention+mlp"): Counted(859.5, 83.7, 123.1, 0, 768, 0.374, (0.89, 0.22)),
+    ("sd3.5-medium", "attention"): Counted(2243.2, 83.8, 818.3, 4762.3, 4096, 0.587, (1.93, 0.18)),
+    ("sd3.5-medium", "attention+mlp"): Counted(2243.2, 83.8, 818.3, 4762.3, 4096, 1.309, (2.37, 0.21)),
+    ("flux.1-dev", "attention"): Counted(11901.4, 83.8, 123.1, 4762.3, 4096, 1.634, (5.68, 0.56)),
+    ("flux.1-dev", "attention+mlp"): Counted(11901.4, 83.8, 123.1, 4762.3, 4096, 2.802, (6.34, 0.56)),
+}
+# GiB of the rewards' models (float32), and of the gradient of an image; others, and your own, are not counted
+H14, L14 = (3.7, 0.41), (1.6, 0.35)
+REWARDS = dict.fromkeys(("hpsv2", "hpsv2.0", "pickscore", "pickscore26"), H14)
+REWARDS |= {"clipscore": L14, "aesthetic": L14, "clipscore-hessel": (0.6, 0.03), "imagereward": (1.8, 0.5)}
+REWARDS |= dict.fromkeys(("geneval", "geneval-reward", "geneval-reward-flowgrpo"), (1.9, 0))
 NOT_SHIPPED = {  # prompt lists that presets name: prompts/README.md
     "drawbench.txt", "geneval_train.jsonl", "ocr_train.txt", "pickscore_test.txt", "pickscore_train.txt",
 }  # fmt: skip
@@ -49,7 +78,7 @@ TINY = dict(  # the embedded models' experiment, in every script: coloured shape
 RESUMABLE = {
     "resume", "epochs", "micro_batch_size", "reward_batch_size", "decode_batch_size", "sample_every", "save_every",
     "eval_every", "device", "wandb", "dry_run", "gradient_checkpointing", "offload_text_encoders", "offload_rollout",
-    "runs", "preset", "reward_retries", "keep", "accept_changes",
+    "runs", "preset", "reward_retries", "keep", "accept_changes", "memory",
 }  # fmt: skip
 # numbers that make another model, task or set of noise: a run goes on with its own even with --accept-changes
 FIXED = {
@@ -58,8 +87,13 @@ FIXED = {
 }  # fmt: skip
 DERIVED = {  # what parse() adds to the flags: not part of args.json
     "prompt_list", "eval_prompt_list", "backbone", "argv", "changed", "note", "run_dir", "made_dir", "resume",
-    "dry_run", "paths", "eval_paths", "resume_or_start", "accept_changes", "sources", "rescue", "missing",
+    "dry_run", "paths", "eval_paths", "resume_or_start", "accept_changes", "sources", "rescue", "missing", "counted",
 }  # fmt: skip
+# what --memory sets; the line of --dry-run where it cannot
+CHOSEN = (
+    "gradient_checkpointing", "micro_batch_size", "offload_text_encoders", "offload_rollout", "decode_batch_size",
+)  # fmt: skip
+UNKNOWN = "memory, not estimated"
 
 
 class Missing(UsageError):
@@ -227,6 +261,8 @@ def model_flags(parser) -> None:
     flag("--t5", True, "yes/no", "load SD3.5's T5 text encoder (9.5 GB in bf16)")
 
     flag = flags(parser, "performance")
+    flag("--memory", None, "float > 0", "GB of the GPU: sets those of the next five that are not given; docs/speed.md",
+         metavar="GB")  # fmt: skip
     flag("--micro-batch-size", 8, "int >= 1", "samples per forward pass; changes memory and speed only")
     flag("--decode-batch-size", 8, "int >= 1", "latents per VAE decode")
     flag("--gradient-checkpointing", False, "yes/no", "recompute activations: less memory, about a third slower")
@@ -287,6 +323,9 @@ def parse(parser, presets: dict[str, dict], argv, rewards, check, sizes) -> argp
         check_limits(parser, args)
         check_args(args)
         check(args)
+        args.counted = counted(args)
+        if args.memory and (not args.resume or "memory" in args.changed):
+            choose(args, explicit, sizes(args))
         if args.dry_run:
             what_is_missing(args, rewards)
             print_sizes(args, sizes(args))
@@ -407,7 +446,7 @@ def check_args(args) -> None:
     use_model(args)
     check_sampler(args)
     check_init_lora(args)
-    args.missing = []
+    args.missing, args.counted = [], None
     args.prompt_list = args.eval_prompt_list = prompts_of(args, "prompts")
     if args.eval_prompts:
         args.eval_prompt_list = prompts_of(args, "eval_prompts")
@@ -434,7 +473,7 @@ def check_processes(args) -> None:
     ranks = [os.environ.get(key, "1") for key in ("WORLD_SIZE", "RANK", "LOCAL_RANK")]
     sane = all(value.isdigit() for value in ranks)
     need(sane, f"WORLD_SIZE, RANK, LOCAL_RANK are {', '.join(ranks)}", "start several processes with torchrun")
-    world, prompts, device = max(1, int(ranks[0])), args.num_prompts, args.device
+    world, prompts, device = processes(), args.num_prompts, args.device
     numbered = device.startswith("cuda:")
     need(not numbered or world == 1, f"--device {device} would put all processes on one GPU", "leave it out")
     known = numbered or device in ("auto", "cpu", "cuda")
@@ -660,26 +699,132 @@ def network_passes(args, cfg: float) -> int:
 
 
 def latent_size(args) -> int | None:
-    """d, the number of scalars in one latent; None for a model that is not in MODELS."""
+    """d, the number of scalars in one latent; None for a model that is neither in MODELS nor counted."""
     if args.model not in MODELS:
-        return None
+        return args.counted and args.counted.latent
     _, _, channels, pixels, _, _ = MODELS[args.model]
     return channels * (args.resolution // pixels) ** 2
 
 
-# ---- --dry-run ---------------------------------------------------------------
+# ---- --memory and --dry-run --------------------------------------------------
 def rollout_memory(args, latents: int, what: str) -> str:
     """The line of --dry-run for so many latents; "unknown" where their size is not."""
     d = latent_size(args)
     return f"{latents * d * 4 / 2**30:.2f} GB over all processes ({what}; float32)" if d else "unknown"
 
 
-def activation_memory(args) -> str:
-    """The line of --dry-run for what a micro-batch of the update keeps."""
-    branches = network_passes(args, args.cfg)
-    wide, pixels = 1 + (args.dtype == "float32"), (args.resolution / 512) ** 2
-    usual, less = (each * args.micro_batch_size * branches * wide * pixels for each in ACTIVATIONS[args.model])
-    return f"{usual:.1f} GB for --micro-batch-size {args.micro_batch_size}, {less:.1f} with --gradient-checkpointing"
+def processes() -> int:
+    """Of this run, as torchrun started it."""
+    return max(1, int(os.environ.get("WORLD_SIZE", 1)))
+
+
+def bytes_of(args) -> int:
+    """Of a number in the denoiser; --dry-run takes --dtype auto as on a GPU."""
+    on_cpu = args.device == "cpu" or not (args.dry_run or torch.cuda.is_available())
+    return 4 if args.dtype == "float32" or args.dtype == "auto" and on_cpu else 2
+
+
+def words_of(backbone, length: int) -> int:
+    """Tokens of a prompt's embedding, of which T5 gives `length`."""
+    return {"SD15": 77, "SD35": 77 + length, "Flux": length}[backbone.__name__]
+
+
+def counted(args) -> Counted | None:
+    """What of the model takes memory at the flags' sizes; models that are not in the table only for --memory."""
+    targets = args.lora_targets if args.lora_targets == "attention" else "attention+mlp"  # of others at most
+    if found := COUNTED.get((args.model, targets)):
+        pixels, usual = (args.resolution / 512) ** 2, words_of(args.backbone, 128)
+        tokens = 1024 * pixels + words_of(args.backbone, args.max_sequence_length)  # of 2 x 2 latents each, and words
+        longer = pixels if args.kind == "eps" else tokens / (1024 + usual)
+        each, images = [x * longer for x in found.update], [x * pixels for x in found.decode]
+        return found._replace(update=each, decode=images, resolution=args.resolution, latent=latent_size(args))
+    if not args.memory or args.resume and not args.dry_run and "memory" not in args.changed:
+        return None
+    what = f"--memory cannot count --model {args.model}"
+    there = (HERE / "benchmarks" / "activations.py").exists()
+    need(there, f"{what} without the folder benchmarks/", "copy it from the repository, or leave --memory out")
+    from benchmarks import activations
+
+    lora = lora_targets(args), args.lora_rank, torch.float32 if bytes_of(args) == 4 else torch.bfloat16
+    try:
+        networks = activations.folder(args.model_path, args.backbone)
+        return activations.count(networks, args.backbone, args.resolution, args.max_sequence_length, *lora)
+    except Exception as problem:  # foreign or missing files: whatever the libraries raise
+        raise UsageError(f"{what} ({' '.join(str(problem).split())[:300]}); leave --memory out") from None
+
+
+def memory(args, rows: dict[str, str]) -> dict[str, float]:
+    """GiB that each part takes on each GPU: what is held throughout, what comes and goes, and the most at once.
+
+    rows: the method's lines of --dry-run.
+    """
+    c, wide, world, samples = args.counted, bytes_of(args), processes(), args.num_prompts * args.group_size
+    million, low = 1e6 / 2**30, 1 if args.vae_dtype == "float32" else 0.5
+    encoders, adapter = (c.encoders + args.t5 * c.t5) * wide * million, c.adapter * args.lora_rank * 4 * million
+    prompts = -(-min(args.num_prompts, len(args.prompt_list) or args.num_prompts) // world)
+    words, rollout = words_of(args.backbone, args.max_sequence_length), rows.get("memory for the rollout")
+    # other methods than those with the usual rollout keep most of it on the GPU
+    usual = 0 if args.offload_rollout else samples * (4 * args.steps + 1) * c.latent * 4 / 2**30
+    names = {term.partition("=")[0].strip() for term in f"{args.reward},{args.eval_rewards}".split(",")}
+    models = [REWARDS.get(name, (0, 0)) for name in names]
+    held = {
+        "denoiser": c.denoiser * wide * million,
+        "adapter": adapter * (1 + bool(args.ema_decay)),
+        "its gradient and AdamW": 3 * adapter,
+        "decoder": c.decoder * 4 * low * million,
+        "text encoders": 0 if args.offload_text_encoders else encoders,
+        "embeddings": prompts * words * c.width * wide / 2**30,
+        "reward": sum(weights for weights, _ in models),
+        "rollout": (float(rollout.split()[0]) if rollout else usual) / world,
+    }
+    each = vars(args).get("train_timesteps", 1)  # AWM's passes hold whole images
+    branches = network_passes(args, vars(args).get("train_cfg", args.cfg))
+    row = branches * c.update[args.gradient_checkpointing] * wide / 2
+    few = min(args.micro_batch_size, args.decode_batch_size) * ("reward gradients per epoch" in rows)
+    piece = max(min(samples, math.lcm(args.decode_batch_size, args.reward_batch_size)), args.eval_images / world)
+    passing = {
+        "during the update": max(each, args.micro_batch_size // each * each) * row,
+        "during decoding": args.decode_batch_size * low * c.decode[0] + piece * 36 * c.resolution**2 / 2**30,
+        "during encoding": encoders if args.offload_text_encoders else 0,
+        "during the reward's gradient": few * (low * c.decode[1] + sum(graph for _, graph in models) + row),
+    }
+    return held | passing | {"in all": sum(held.values()) + max(passing.values())}
+
+
+def choose(args, explicit: dict, rows: dict[str, str]) -> None:
+    """--memory: the fastest values, of CHOSEN not given, with which the run needs at most nine tenths of it.
+
+    It checkpoints last of all; for micro-batches of 8 text encoders and rollout leave the GPU, for larger ones they do
+    not.  Micro-batches divide a process's samples as evenly as can be.
+    """
+    need(UNKNOWN not in rows, f"--memory: {rows.get(UNKNOWN)}", "give --micro-batch-size and the like yourself")
+    samples, each = args.num_prompts * args.group_size // processes(), vars(args).get("train_timesteps", 1)
+    even = {-(-samples // pieces) * each for pieces in range(1, samples + 1)}
+    options = [(False, True), [m for m in even if m <= max(64, each)], (False, True), (False, True), (1, 2, 4, 8, 16)]
+    options = [[explicit[name]] if name in explicit else some for name, some in zip(CHOSEN, options)]
+    sizes = {}
+    for trial in itertools.product(*options):
+        vars(args).update(zip(CHOSEN, trial))
+        sizes[trial] = memory(args, rows)["in all"]
+    least, fewer = min(sizes.values()), ", --no-t5" if args.t5 and args.backbone is common.SD35 else ""
+    small = f"--memory {args.memory:g}: the run needs {least:.1f} GB at least, and a tenth must stay free"
+    smaller = f"take a card of {math.ceil(least / 0.9)} GB{fewer}, a smaller --resolution or fewer images an epoch"
+    need(least <= 0.9 * args.memory, small, smaller)
+    fits = [trial for trial, size in sizes.items() if size <= 0.9 * args.memory]
+    best = min(fits, key=lambda c: (c[0], -min(c[1], 8), c[2], c[3], -c[1], -c[4]))
+    vars(args).update(zip(CHOSEN, best))
+    if os.environ.get("RANK", "0") == "0" and not args.dry_run:
+        for key, value in memory_lines(args, rows).items():
+            print(f"{key:42s} {value}")
+
+
+def memory_lines(args, rows: dict[str, str]) -> dict[str, str]:
+    """What --dry-run and --memory say of it."""
+    found = memory(args, rows)
+    values = {name.replace("_", "-"): vars(args)[name] for name in CHOSEN}
+    own = [f"--{name}" + f" {value}" * (value is not True) for name, value in values.items() if value is not False]
+    lines = {"memory of each GPU, estimated": f"{found.pop('in all'):.1f} GB with {' '.join(own)}"}
+    return lines | {f"  {name}": f"{size:.2f} GB" for name, size in found.items() if size}
 
 
 def print_sizes(args, rows: dict[str, str]) -> None:
@@ -697,11 +842,7 @@ def print_sizes(args, rows: dict[str, str]) -> None:
     }
     usual = rollout_memory(args, samples * (4 * args.steps + 1), "states, noise, two outputs")
     lines["memory for the rollout"] = lines.pop("memory for the rollout", usual)
-    if latent_size(args):
-        gigabytes = MODELS[args.model][5] * 1e6 / 2**30
-        half, full = f"{2 * gigabytes:.2f} GB in half precision", f"{4 * gigabytes:.2f} GB in float32"
-        lines["memory for the denoiser"] = f"{half}, {full}"
-    if args.model in ACTIVATIONS:
-        lines["memory for its activations"] = activation_memory(args)
+    if args.counted:
+        lines |= memory_lines(args, rows)
     for key, value in [*lines.items(), *(("missing here", what) for what in args.missing)]:
         print(f"{key:42s} {value}")

@@ -656,6 +656,8 @@ def sizes(args) -> dict[str, str]:
         "transitions per epoch": f"{samples * rows}, {samples * rows // args.updates_per_epoch} per update",
         "memory for the rollout": harness.rollout_memory(args, latents, what),
     }
+    if backward:
+        lines[harness.UNKNOWN] = "the second derivative keeps whole attention matrices"
     if args.replay_size and harness.latent_size(args):
         half = 2 * args.replay_size * (args.steps + 1) * harness.latent_size(args) / 2**30
         lines["memory for the buffer"] = f"{half:.2f} GB, in each process and checkpoint"

@@ -33,6 +33,7 @@ from arguments import (  # noqa: F401  (a trainer knows harness alone)
     NOISE_LEVEL,
     SHARED,
     TINY,
+    UNKNOWN,
     add_args,
     check_group,
     check_limits,

@@ -506,7 +506,14 @@ def sizes(args) -> dict[str, str]:
     scored += 2 * rows * args.inner_epochs * (args.diff_reward == "train")
     reference = samples * args.train_steps * passes
     calls = f"{samples * args.steps * passes} in the rollout, {reference} of the reference"
-    return {
+    lines = {}
+    if gradient:
+        latents, what = samples * (5 * args.steps + 2), "states, noise, two outputs, gradients"
+        lines["reward gradients per epoch"] = f"{samples * (args.steps + 1)} images"
+        lines["memory for the rollout"] = harness.rollout_memory(args, latents, what)
+    if args.objective in ("gradient-xt", "gradient-gfn"):
+        lines[harness.UNKNOWN] = "the second derivative keeps whole attention matrices"
+    return lines | {
         "network evaluations per epoch": f"{calls}, {rows * args.inner_epochs * passes} with gradient",
         "decodes and reward evaluations per epoch": f"{scored} images",
         "transitions per epoch": f"{rows}, {rows // args.updates_per_epoch} per update",

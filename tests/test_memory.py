@@ -2,6 +2,7 @@
 
 import gc
 import importlib
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -10,6 +11,8 @@ import torch
 import arguments
 import common
 import harness
+from benchmarks import activations
+from benchmarks.random_model import KINDS
 
 SMALL = "--num-prompts 2 --group-size 3 --steps 4 --epochs 2 --eval-images 0 --sample-every 0 --micro-batch-size 1"
 CLIP = f"--reward clipscore --reward-path {harness.HERE / 'tiny' / 'clip'}"
@@ -137,25 +140,159 @@ def test_decoder_in_bfloat16_moves_the_images_by_less_than_a_level_on_average(ha
     assert low.dtype == torch.float32 and 0 < drift.mean() < 0.6
 
 
-def test_dry_run_estimates_the_activations(capsys):
-    """Linear in samples, branches and pixels; less with checkpointing."""
-    vmpo, found = importlib.import_module("vmpo"), []
-    for more in ("", "--micro-batch-size 16", "--cfg 1", "--resolution 1024", "--dtype float32"):
-        with pytest.raises(SystemExit):
-            vmpo.parse_args(["--model", "sd15", "--dry-run", *more.split()])
-        line = next(x for x in capsys.readouterr().out.splitlines() if x.startswith("memory for its activations"))
-        found.append([float(word) for word in line.split() if "." in word])
-    usual = [8 * 2 * each for each in arguments.ACTIVATIONS["sd15"]]  # micro-batches of 8, two branches
-    for factor, pair in zip((1, 2, 0.5, 4, 2), found):
-        assert pair == pytest.approx([factor * each for each in usual], abs=0.06)
+# ---- the estimate, and what --memory makes of it ------------------------------------------------------------------
+def dry_run(capsys, command: str) -> tuple[float, dict[str, float], str]:
+    """What --dry-run says: GB in all, the parts, the flags."""
+    script, *flags = command.split()
+    with pytest.raises(SystemExit) as stop:
+        importlib.import_module(script).parse_args([*flags, "--dry-run"])
+    out, err = capsys.readouterr()
+    assert stop.value.code == 0, err
+    lines = [line for line in out.splitlines() if line.startswith(("  ", "memory of each GPU"))]
+    parts = {line[2:42].strip(): float(line[42:].split()[0]) for line in lines[1:]}
+    return float(lines[0][42:].split()[0]), parts, lines[0].partition(" with ")[2]
 
 
-def test_kept_tensors_are_counted_once_and_without_weights():
-    from benchmarks import activations
+def test_the_updates_part_is_linear(capsys):
+    """In samples, branches, pixels and bytes; less with checkpointing."""
+    found = {}
+    for more in ("", "--micro-batch-size 16", "--cfg 1", "--resolution 1024", "--dtype float32", CHECKPOINTING):
+        found[more] = dry_run(capsys, f"vmpo --model sd15 {more}")[1]["during the update"]
+    usual, less = (8 * 2 * each for each in arguments.COUNTED["sd15", "attention"].update)
+    wanted = [usual, 2 * usual, usual / 2, 4 * usual, 2 * usual, less]
+    assert list(found.values()) == pytest.approx(wanted, abs=0.06)
 
-    weight = torch.nn.Parameter(torch.randn(3, 5))
-    x = torch.randn(7, 5, requires_grad=True)
-    with activations.kept({weight.untyped_storage()._cdata}) as found:
-        y = x @ weight.T  # keeps x
-        out = y.exp().tanh().sum() + (x**2).sum()  # keep the two results, and x again
-    assert activations.size(found) == 4 * (x.numel() + 2 * y.numel()) and out.requires_grad
+
+CHECKPOINTING = "--gradient-checkpointing"
+AIMS = [  # what a card of so many GB must hold; the last: does it have to checkpoint?
+    ("vmpo --preset sd15-hpsv2", 12, False), ("vmpo --preset sd35-ocr", 24, False),
+    ("grpo --preset flowgrpo-sd35-ocr", 24, False), ("grpo --preset flowgrpo-flux", 80, False),
+    ("awm --preset awm-flux-ocr", 80, False), ("awm --preset awm-flux-ocr", 48, True),
+    ("first_order_rsm --preset rsm-sd15-hpsv2", 24, False), ("tempflow_rsm --preset rsm-geneval", 48, False),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("command, card, checkpointing", AIMS)
+def test_the_papers_experiments_fit_the_cards_with_a_tenth_to_spare(capsys, command, card, checkpointing):
+    total, parts, flags = dry_run(capsys, f"{command} --memory {card}")
+    during = {name: size for name, size in parts.items() if name.startswith("during")}
+    held = sum(parts.values()) - sum(during.values())
+    assert 0.5 * card < total < 0.9 * card + 0.05 and total == pytest.approx(held + max(during.values()), abs=0.1)
+    assert (CHECKPOINTING in flags) == checkpointing
+    assert dry_run(capsys, f"{command} {flags} --memory {card}") == (total, parts, flags)  # as given
+    low, _, fewer = dry_run(capsys, f"{command} --micro-batch-size 1 --memory {card}")  # what is given stays
+    assert low < 0.9 * card + 0.05 and "--micro-batch-size 1 " in fewer
+
+
+def test_memory_prefers_what_is_fast(capsys):
+    """No checkpointing if it can be, micro-batches of 8 before encoders and rollout stay, even pieces."""
+    base = "vmpo --preset sd15-hpsv2 --reward jpeg --eval-images 0 --prompts prompts/simple_animals.txt"
+    found = {gb: dry_run(capsys, f"{base} --num-prompts 20 --group-size 5 --memory {gb}")[2] for gb in CARDS}
+    assert found == CARDS
+
+
+CARDS = {  # 100 samples: 50 and 10 are as good as what lies between, 5 is a twentieth
+    120: "--micro-batch-size 50 --decode-batch-size 16",
+    24: "--micro-batch-size 10 --decode-batch-size 16",
+    12: "--micro-batch-size 5 --offload-rollout --decode-batch-size 8",
+    4: "--micro-batch-size 1 --offload-text-encoders --offload-rollout --decode-batch-size 2",
+    3.4: "--gradient-checkpointing --micro-batch-size 2 --offload-rollout --decode-batch-size 1",
+}
+
+
+def test_what_fits_no_card_is_said_before_anything_is_loaded(capsys):
+    vmpo = importlib.import_module("vmpo")
+    flags = "--preset sd35-ocr --prompts prompts/ocr_test.txt --reward jpeg --memory".split()
+    with pytest.raises(SystemExit) as stop:
+        vmpo.parse_args([*flags, "8"])
+    message = capsys.readouterr().err
+    assert stop.value.code == 2 and message.count("\n") == 1 and "--no-t5" in message
+    card = re.search(r"take a card of (\d+) GB", message)[1]
+    dry_run(capsys, "vmpo " + " ".join([*flags, card]))  # fits
+    with pytest.raises(SystemExit) as stop:
+        vmpo.parse_args([*flags, str(int(card) - 2)])
+    assert stop.value.code == 2
+    with pytest.raises(SystemExit) as stop:  # double backward: not estimated
+        vmpo.parse_args("--preset sd15-hpsv2 --objective gradient-xt --potential r2g --memory 80 --dry-run".split())
+    assert stop.value.code == 2 and "second derivative" in capsys.readouterr().err
+
+
+def test_processes_share_the_rollout(capsys, monkeypatch):
+    one = dry_run(capsys, "grpo --preset flowgrpo-sd35-ocr --eval-images 0")[1]
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    eight = dry_run(capsys, "grpo --preset flowgrpo-sd35-ocr --eval-images 0")[1]
+    assert eight.pop("rollout") == pytest.approx(one.pop("rollout") / 8, abs=0.01)
+    assert eight.pop("embeddings") < one.pop("embeddings") and one == eight
+
+
+def test_the_table_is_what_the_networks_count():
+    """A row of it: python -m benchmarks.activations."""
+    found = activations.count(activations.published("sd15"), common.SD15, 512, 128, list(common.SD15.attention))
+    table = arguments.COUNTED["sd15", "attention"]
+    assert [*found.update, *found.decode] == pytest.approx([*table.update, *table.decode], abs=0.006)
+    assert found[:6] == pytest.approx(table[:6], rel=2e-3)
+
+
+def test_what_is_alive_is_counted_once_and_without_weights():
+    weight, x = torch.nn.Parameter(torch.randn(3, 5)), torch.randn(5, 7)
+    with activations.Peak(torch.nn.ParameterList([weight])) as peak, torch.no_grad():
+        y = torch.mm(weight.view(3, 5), x)
+        z = y[:2].exp()  # a view is no memory of its own
+        del y
+        z = z.tanh()
+    assert peak.most == 4 * (21 + 14) and peak.live == 4 * 14
+
+
+RUNS = [  # script, kind, flags; of the last the decoder is the largest
+    ("vmpo", "sd15", "--cfg 4"), ("grpo", "sd3.5-medium", f"--cfg 4 {CHECKPOINTING} --decode-batch-size 1"),
+    ("awm", "flux", "--train-cfg 3.5 --micro-batch-size 12"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("script, kind, flags", RUNS)
+def test_estimate_is_what_a_run_takes(tmp_path, monkeypatch, script, kind, flags):
+    """All parts, of a run with small networks of the real kinds: what the run's own tensors take, within 15 %."""
+    from benchmarks import random_model
+
+    random_model.make(kind, tmp_path / "model", KINDS[kind], small=True)
+    module, real, weights, peaks = importlib.import_module(script), harness.start, [], []
+    argv = f"--preset tiny --model {tmp_path / 'model'} --resolution 64 --memory 24 --device cpu --reward jpeg {flags}"
+    argv += " --num-prompts 2 --group-size 6 --steps 4 --epochs 1 --eval-images 0 --sample-every 0 --eval-rewards"
+    argv = ["--micro-batch-size", "6", "--decode-batch-size", "4", *argv.split(), "", "--runs", str(tmp_path)]
+    args = module.parse_args(argv)
+
+    def start(*given):
+        found = real(*given)
+        parts = [found[1].net, found[1].vae, *found[1].encoders]
+        weights.append(sum(p.numel() * p.element_size() for part in parts for p in part.parameters()))
+        peaks.append(activations.Peak(*parts).__enter__())
+        return found
+
+    monkeypatch.setattr(harness, "start", start)
+    estimate = arguments.memory(args, module.sizes(args))["in all"]
+    try:
+        module.main(args)
+    finally:
+        peaks[0].__exit__(None, None, None)
+    measured = (weights[0] + peaks[0].most) / 2**30
+    print(f"{script} on {kind}: {1024 * estimate:.1f} MiB estimated, {1024 * measured:.1f} measured")
+    assert estimate == pytest.approx(measured, rel=0.15)
+
+
+def test_a_resumed_run_keeps_what_was_chosen(tmp_path, capsys):
+    vmpo = importlib.import_module("vmpo")
+    argv = f"--preset tiny {SMALL} --memory 1 --device cpu --runs {tmp_path} --name run".split()
+    argv = [flag for flag in argv if flag not in ("--micro-batch-size", "1")] + ["--epochs", "1"]
+    args = vmpo.parse_args([flag if flag != "--memory" else "--memory=1" for flag in argv])
+    assert "memory of each GPU" in capsys.readouterr().out and args.micro_batch_size == 6
+    need = arguments.memory(args, vmpo.sizes(args))["in all"]
+    vmpo.main(args)
+    resume = ["--resume", str(tmp_path / "run"), "--epochs", "2"]
+    for more, micro in (([], 6), (["--memory", "1"], 6), (["--micro-batch-size", "4"], 4)):
+        again = vmpo.parse_args([*resume, *more])
+        assert again.micro_batch_size == micro and again.memory == 1 and again.counted is None
+        assert "memory of each GPU" not in capsys.readouterr().out
+    other = vmpo.parse_args([*resume, "--memory", str(0.8 * need / 0.9)])  # another card
+    assert other.micro_batch_size == 3 and "memory of each GPU" in capsys.readouterr().out
+    vmpo.main(other)
+    assert (tmp_path / "run" / "summary.json").exists()
