@@ -740,17 +740,15 @@ def counted(args) -> Counted | None:
         return found._replace(update=each, decode=images, resolution=args.resolution, latent=latent_size(args))
     if not args.memory or args.resume and not args.dry_run and "memory" not in args.changed:
         return None
-    what = f"--memory cannot count --model {args.model}"
-    there = (HERE / "benchmarks" / "activations.py").exists()
-    need(there, f"{what} without the folder benchmarks/", "copy it from the repository, or leave --memory out")
-    from benchmarks import activations
-
     lora = lora_targets(args), args.lora_rank, torch.float32 if bytes_of(args) == 4 else torch.bfloat16
     try:
+        from benchmarks import activations
+
         networks = activations.folder(args.model_path, args.backbone)
         return activations.count(networks, args.backbone, args.resolution, args.max_sequence_length, *lora)
     except Exception as problem:  # foreign or missing files: whatever the libraries raise
-        raise UsageError(f"{what} ({' '.join(str(problem).split())[:300]}); leave --memory out") from None
+        said = " ".join(str(problem).split())[:300]
+        raise UsageError(f"--memory cannot count --model {args.model} ({said}); leave --memory out") from None
 
 
 def memory(args, rows: dict[str, str]) -> dict[str, float]:

@@ -217,6 +217,14 @@ def test_what_fits_no_card_is_said_before_anything_is_loaded(capsys):
     assert stop.value.code == 2 and "second derivative" in capsys.readouterr().err
 
 
+def test_a_model_that_cannot_be_counted_is_named(tmp_path, capsys):
+    (tmp_path / "model_index.json").write_text('{"_class_name": "StableDiffusionPipeline"}')
+    with pytest.raises(SystemExit) as stop:
+        importlib.import_module("vmpo").parse_args(["--model", str(tmp_path), "--memory", "24", "--dry-run"])
+    message = capsys.readouterr().err
+    assert stop.value.code == 2 and message.count("\n") == 1 and f"cannot count --model {tmp_path}" in message
+
+
 def test_processes_share_the_rollout(capsys, monkeypatch):
     one = dry_run(capsys, "grpo --preset flowgrpo-sd35-ocr --eval-images 0")[1]
     monkeypatch.setenv("WORLD_SIZE", "8")
