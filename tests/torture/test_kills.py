@@ -79,8 +79,8 @@ def test_a_kill_at_every_file_operation(whole, tmp_path):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_signals_at_random_moments(whole, tmp_path, number):
     script, wanted, seconds = whole
-    draw, problems, stopped = random.Random(f"{script.__name__} {number}"), [], 0
-    for trial in range(4):
+    draw, problems, stopped, trial = random.Random(f"{script.__name__} {number}"), [], 0, 0
+    while stopped < 4 and trial < 16:
         folder = tmp_path / str(trial)
         folder.mkdir()
 
@@ -92,8 +92,11 @@ def test_signals_at_random_moments(whole, tmp_path, number):
             threading.Timer(wait, os.kill, (os.getpid(), number)).start()
             run(script, flags)
 
+        begin = time.time()
         code, err = fork(work)
-        stopped += code == 128 + number
+        trial, stopped = trial + 1, stopped + (code == 128 + number)
+        if code == 0:  # the signal came too late: the machine was busier when `seconds` was measured
+            seconds = min(seconds, time.time() - begin)
         if code not in (0, 128 + number) or "Traceback" in err:
             problems.append((trial, code, err[-1500:]))
         elif problem := finish(script, folder, flags):
@@ -101,8 +104,8 @@ def test_signals_at_random_moments(whole, tmp_path, number):
         elif state_of(folder / "run")["lora"] != wanted["lora"]:
             problems.append((trial, "another result"))
         shutil.rmtree(folder)
-    report.add(f"{script.__name__}: {number.name} at random moments", 4, len(problems))
-    assert not problems and stopped
+    report.add(f"{script.__name__}: {number.name} at random moments", trial, len(problems))
+    assert not problems and stopped == 4
 
 
 # ---- faults ----------------------------------------------------------------------------------------------
