@@ -1,6 +1,6 @@
 # make demo in a container:
 #   docker build -t clean-diffusion-rl .
-#   docker run --rm -v "$PWD/runs:/work/runs" clean-diffusion-rl                     # or: ... make demo METHOD=awm
+#   docker run --rm -v "$PWD/runs:/work/runs" clean-diffusion-rl                     # or: ... make demo METHOD=vmpo
 # With CUDA: the public index's torch, and a host with NVIDIA's container toolkit
 #   docker build --build-arg TORCH_INDEX= -t clean-diffusion-rl:cuda .
 #   docker run --rm --gpus all -v "$PWD/runs:/work/runs" clean-diffusion-rl:cuda

@@ -108,11 +108,11 @@ def test_the_embedded_release_preset_is_the_benchmarks_variant():
 
 def test_the_readmes_demo_is_the_committed_run():
     found = json.loads((ROOT / "benchmarks" / "results" / "demo_awm.json").read_text())
-    cell = line("README.md", "`make demo METHOD=awm` (released recipe)")[1]
+    cell = line("README.md", "`make demo` (AWM, released recipe)")[1]
     assert cell.startswith(f"**{found['after']['shapes-strict']:.3f}**".replace("0.", "."))
     assert f"{found['improved']['reward']} images improved, {found['worsened']['reward']} worsened" in cell
     vmpo_gains = np.array(gains("tiny-sd15", "vmpo-r2g-group", "shapes-strict"))
-    before, cell = found["before"]["shapes-strict"], line("README.md", "`make demo` (VMPO, return-to-go)")[1]
+    before, cell = found["before"]["shapes-strict"], line("README.md", "`make demo METHOD=vmpo` (return-to-go)")[1]
     assert cell.startswith(f"{before + vmpo_gains.mean():.3f} ".removeprefix("0"))
 
 
