@@ -138,7 +138,8 @@ def read_run(folder: Path) -> tuple[dict, dict]:
     try:
         saved = json.loads((folder / "args.json").read_text())
         own = {"method": saved["method"]} | saved["args"]
-        run = dict(folder=str(folder), seed=own["seed"], finished=harness.finished(folder, own["epochs"]))
+        own |= {key: str(own[key]) for key in ("prompts", "eval_prompts", "reward")}
+        run = dict(folder=str(folder), seed=int(own["seed"]), finished=harness.finished(folder, own["epochs"]))
         for kind, name, _, content in saved.get("sources", []):  # a file is the same wherever it lies, until edited
             for key in ("prompts", "eval_prompts", "reward") if kind != "model" else ():
                 own[key] = own[key].replace(name, f"{Path(name).name} ({content[:6]})")

@@ -155,6 +155,7 @@ BAD = {
     "{runs}/nothing_*": ["nothing_* matches nothing"],
     "{runs}": ["is no run folder"],
     "{root}/eval.py": ["is no run folder"],
+    "{tmp}/foreign": ["is no run folder", "prompts"],
     "{tmp}/unheld*": ["no run has held-out evaluations", "--eval-images"],
     "{runs}/vmpo_a0 {tmp}/jpeg": ["different rewards", "shapes (", "jpeg (", "/jpeg)"],
     "{tmp}/other0 {tmp}/other1": ["no epoch after 0", "other0 (epoch 2)", "other1 (epoch 3)"],
@@ -166,6 +167,8 @@ BAD = {
 def bad(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bad")
     make_run(folder / "unheld", {0: None, 4: None}, "--eval-images", "0")
+    make_run(folder / "foreign", {0: 0.5, 4: 0.6})
+    (folder / "foreign" / "args.json").write_text('{"method": "vmpo", "args": {"seed": 0, "epochs": 4}}')
     make_run(folder / "jpeg", {0: -3.0, 10: -2.0}, "--reward", "jpeg")
     for s in range(2):
         make_run(folder / f"other{s}", {0: 0.5, s + 2: 0.6}, "--seed", str(s))
