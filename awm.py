@@ -573,8 +573,10 @@ def check(args):
     harness.check_updates(args, args.num_prompts * args.group_size, "images")
     harness.check_group(args)
     nft = "--objective nft takes v_old from the lagged copy and scales A by --adv-clip alone"
-    fits = args.objective != "nft" or args.offpolicy == "lagged" and args.adv_scale == 1
-    need(fits, nft, "use --offpolicy lagged, leave --adv-scale out")
+    fits = args.offpolicy == "lagged" and args.adv_scale == 1 and args.adv_clip < float("inf")
+    need(fits or args.objective != "nft", nft, "use --offpolicy lagged, a finite --adv-clip, leave --adv-scale out")
+    idle = f"--objective {args.objective} has no w(t), --weight {args.weight} would do nothing"
+    need(args.objective == "awm" or args.weight == "uniform", idle, "use --weight uniform")
     ram = "--objective ram takes its anchor from --beta, its v_old from theta or the lagged copy"
     fits = args.beta > 0 and args.offpolicy != "half" and args.kl_weight == "uniform"
     need(fits or args.objective != "ram", ram, "use --beta > 0, --offpolicy none or lagged, --kl-weight uniform")

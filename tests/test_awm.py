@@ -662,6 +662,13 @@ def test_ram_takes_theta_or_the_lagged_copy(capsys):
         assert stop.value.code == 2 and "--objective ram" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("flags", ["nft --adv-clip inf", "nft --weight t", "ram --beta 1 --weight adaptive"])
+def test_a_number_that_an_objective_cannot_use_is_refused(flags, capsys):
+    with pytest.raises(SystemExit) as stop:
+        arguments("flow", "--offpolicy", "lagged", "--objective", *flags.split())
+    assert stop.value.code == 2 and flags.split()[-2] in capsys.readouterr().err
+
+
 def test_linear_law_has_density_2t():
     q = torch.linspace(0.02, 0.98, 25, dtype=F64)
     for kind in ("flow", "eps"):
