@@ -89,11 +89,11 @@ DERIVED = {  # what parse() adds to the flags: not part of args.json
     "prompt_list", "eval_prompt_list", "backbone", "argv", "changed", "note", "run_dir", "made_dir", "resume",
     "dry_run", "paths", "eval_paths", "resume_or_start", "accept_changes", "sources", "rescue", "missing", "counted",
 }  # fmt: skip
-# what --memory sets; the line of --dry-run where it cannot
+# what --memory sets; lines of --dry-run: what it asks for, and where it cannot
 CHOSEN = (
     "gradient_checkpointing", "micro_batch_size", "offload_text_encoders", "offload_rollout", "decode_batch_size",
 )  # fmt: skip
-UNKNOWN = "memory, not estimated"
+ROLLOUT, UNKNOWN = "memory for the rollout", "memory, not estimated"
 
 
 class Missing(UsageError):
@@ -325,7 +325,7 @@ def parse(parser, presets: dict[str, dict], argv, rewards, check, sizes) -> argp
         check(args)
         args.counted = counted(args)
         if args.memory and (not args.resume or "memory" in args.changed):
-            choose(args, explicit, sizes(args))
+            choose(args, explicit, sizes)
         if args.dry_run:
             what_is_missing(args, rewards)
             print_sizes(args, sizes(args))
@@ -707,10 +707,20 @@ def latent_size(args) -> int | None:
 
 
 # ---- --memory and --dry-run --------------------------------------------------
-def rollout_memory(args, latents: int, what: str) -> str:
-    """The line of --dry-run for so many latents; "unknown" where their size is not."""
-    d = latent_size(args)
-    return f"{latents * d * 4 / 2**30:.2f} GB over all processes ({what}; float32)" if d else "unknown"
+def rollout_memory(args, latents: int, what: str, movable: int = 0) -> str:
+    """The line of --dry-run for so many latents, of which --offload-rollout moves `movable` to the host's memory.
+
+    "unknown" where their size is not.
+    """
+    scalar, moved = (latent_size(args) or 0) * 4 / 2**30, movable * args.offload_rollout
+    host = f", {moved * scalar:.3g} GB more on the host" * bool(moved)
+    return f"{(latents - moved) * scalar:.3g} GB over all processes ({what}{host}; float32)" if scalar else "unknown"
+
+
+def usual_rollout(args) -> str:
+    """The line of the methods that keep what common.rollout() gives."""
+    latents = args.num_prompts * args.group_size * (4 * args.steps + 1)
+    return rollout_memory(args, latents, "states, noise, two outputs", latents)
 
 
 def processes() -> int:
@@ -740,6 +750,7 @@ def counted(args) -> Counted | None:
         return found._replace(update=each, decode=images, resolution=args.resolution, latent=latent_size(args))
     if not args.memory or args.resume and not args.dry_run and "memory" not in args.changed:
         return None
+    check_model(args)
     lora = lora_targets(args), args.lora_rank, torch.float32 if bytes_of(args) == 4 else torch.bfloat16
     try:
         from benchmarks import activations
@@ -756,13 +767,11 @@ def memory(args, rows: dict[str, str]) -> dict[str, float]:
 
     rows: the method's lines of --dry-run.
     """
-    c, wide, world, samples = args.counted, bytes_of(args), processes(), args.num_prompts * args.group_size
+    c, wide, world = args.counted, bytes_of(args), processes()
     million, low = 1e6 / 2**30, 1 if args.vae_dtype == "float32" else 0.5
     encoders, adapter = (c.encoders + args.t5 * c.t5) * wide * million, c.adapter * args.lora_rank * 4 * million
     prompts = -(-min(args.num_prompts, len(args.prompt_list) or args.num_prompts) // world)
-    words, rollout = words_of(args.backbone, args.max_sequence_length), rows.get("memory for the rollout")
-    # other methods than those with the usual rollout keep most of it on the GPU
-    usual = 0 if args.offload_rollout else samples * (4 * args.steps + 1) * c.latent * 4 / 2**30
+    words, rollout = words_of(args.backbone, args.max_sequence_length), rows.get(ROLLOUT) or usual_rollout(args)
     names = {term.partition("=")[0].strip() for term in f"{args.reward},{args.eval_rewards}".split(",")}
     models = [REWARDS.get(name, (0, 0)) for name in names]
     held = {
@@ -773,46 +782,52 @@ def memory(args, rows: dict[str, str]) -> dict[str, float]:
         "text encoders": 0 if args.offload_text_encoders else encoders,
         "embeddings": prompts * words * c.width * wide / 2**30,
         "reward": sum(weights for weights, _ in models),
-        "rollout": (float(rollout.split()[0]) if rollout else usual) / world,
+        "rollout": float(rollout.split()[0]) / world,
     }
     each = vars(args).get("train_timesteps", 1)  # AWM's passes hold whole images
     branches = network_passes(args, vars(args).get("train_cfg", args.cfg))
     row = branches * c.update[args.gradient_checkpointing] * wide / 2
     few = min(args.micro_batch_size, args.decode_batch_size) * ("reward gradients per epoch" in rows)
-    piece = max(min(samples, math.lcm(args.decode_batch_size, args.reward_batch_size)), args.eval_images / world)
+    scored = min(args.num_prompts * args.group_size / world, math.lcm(args.decode_batch_size, args.reward_batch_size))
+    pictures = max(scored, args.eval_images / world) * 36 * c.resolution**2 / 2**30  # three times, in float32
     passing = {
         "during the update": max(each, args.micro_batch_size // each * each) * row,
-        "during decoding": args.decode_batch_size * low * c.decode[0] + piece * 36 * c.resolution**2 / 2**30,
+        "during decoding": args.decode_batch_size * low * c.decode[0] + pictures,
         "during encoding": encoders if args.offload_text_encoders else 0,
         "during the reward's gradient": few * (low * c.decode[1] + sum(graph for _, graph in models) + row),
     }
     return held | passing | {"in all": sum(held.values()) + max(passing.values())}
 
 
-def choose(args, explicit: dict, rows: dict[str, str]) -> None:
+def choose(args, explicit: dict, sizes) -> None:
     """--memory: the fastest values, of CHOSEN not given, with which the run needs at most nine tenths of it.
 
     It checkpoints last of all; for micro-batches of 8 text encoders and rollout leave the GPU, for larger ones they do
     not.  Micro-batches divide a process's samples as evenly as can be.
     """
-    need(UNKNOWN not in rows, f"--memory: {rows.get(UNKNOWN)}", "give --micro-batch-size and the like yourself")
+    unknown = f"--memory: {sizes(args).get(UNKNOWN)}, not estimated"
+    need(UNKNOWN not in sizes(args), unknown, "leave --memory out; --micro-batch-size 1 takes the least")
     samples, each = args.num_prompts * args.group_size // processes(), vars(args).get("train_timesteps", 1)
     even = {-(-samples // pieces) * each for pieces in range(1, samples + 1)}
     options = [(False, True), [m for m in even if m <= max(64, each)], (False, True), (False, True), (1, 2, 4, 8, 16)]
     options = [[explicit[name]] if name in explicit else some for name, some in zip(CHOSEN, options)]
-    sizes = {}
+    found = {}
     for trial in itertools.product(*options):
         vars(args).update(zip(CHOSEN, trial))
-        sizes[trial] = memory(args, rows)["in all"]
-    least, fewer = min(sizes.values()), ", --no-t5" if args.t5 and args.backbone is common.SD35 else ""
-    small = f"--memory {args.memory:g}: the run needs {least:.1f} GB at least, and a tenth must stay free"
-    smaller = f"take a card of {math.ceil(least / 0.9)} GB{fewer}, a smaller --resolution or fewer images an epoch"
-    need(least <= 0.9 * args.memory, small, smaller)
-    fits = [trial for trial, size in sizes.items() if size <= 0.9 * args.memory]
+        found[trial] = memory(args, sizes(args))
+    room, least = 0.9 * args.memory, min(found.values(), key=lambda parts: parts["in all"])
+    most = max(list(least)[:-1], key=least.get)
+    small = f"--memory {args.memory:g}: the run needs {least['in all']:.1f} GB at least (most: {most}),"
+    ways = [f"take a card of {math.ceil(least['in all'] / 0.9)} GB"]
+    ways += [f"leave --{name.replace('_', '-')} out" for name in CHOSEN if name in explicit]
+    ways += ["--no-t5"] * (args.t5 and args.backbone is common.SD35 and most in ("text encoders", "during encoding"))
+    ways += ["a smaller --resolution"] + ["fewer images an epoch"] * (least["rollout"] > 1)
+    need(least["in all"] <= room, f"{small} and a tenth must stay free", ", ".join(ways[:-1]) + " or " + ways[-1])
+    fits = [trial for trial, parts in found.items() if parts["in all"] <= room]
     best = min(fits, key=lambda c: (c[0], -min(c[1], 8), c[2], c[3], -c[1], -c[4]))
     vars(args).update(zip(CHOSEN, best))
     if os.environ.get("RANK", "0") == "0" and not args.dry_run:
-        for key, value in memory_lines(args, rows).items():
+        for key, value in memory_lines(args, sizes(args)).items():
             print(f"{key:42s} {value}")
 
 
@@ -838,9 +853,8 @@ def print_sizes(args, rows: dict[str, str]) -> None:
         **rows,
         "updates": f"{updates} per epoch, {updates * args.epochs} in all",
     }
-    usual = rollout_memory(args, samples * (4 * args.steps + 1), "states, noise, two outputs")
-    lines["memory for the rollout"] = lines.pop("memory for the rollout", usual)
-    if args.counted:
+    lines[ROLLOUT] = lines.pop(ROLLOUT, None) or usual_rollout(args)
+    if args.counted and UNKNOWN not in rows:
         lines |= memory_lines(args, rows)
     for key, value in [*lines.items(), *(("missing here", what) for what in args.missing)]:
         print(f"{key:42s} {value}")

@@ -619,12 +619,12 @@ def sizes(args) -> dict[str, str]:
     old += 0 if args.beta else watched
     first, reference = f"{samples * args.steps * passes} in the rollout", rows if args.beta else watched
     last = f"{reference} of the reference, {old} of the old policy or the lagged copy"
-    latents = samples * (draws(args) + 2)
+    noise = samples * (draws(args) + 1)
     return {
         "noisings": f"{args.train_timesteps} per image, law {args.timesteps}",
         "network evaluations per epoch": f"{first}, {rows} with gradient, {last}",
         "decodes and reward evaluations per epoch": f"{samples} images",
-        "memory for the rollout": harness.rollout_memory(args, latents, "x_0 and noise"),
+        "memory for the rollout": harness.rollout_memory(args, noise + samples, "x_0 and noise", noise),
     }
 
 

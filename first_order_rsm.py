@@ -647,14 +647,14 @@ def sizes(args) -> dict[str, str]:
         "with gradient": rows * args.inner_epochs * passes * (1 + (args.value_net or backward)),
     }
     kept = 4 + backward + args.value_net + (backward or learned) + learned  # see Rows
-    latents = samples * (3 * args.steps + 1 + rows * kept)
+    path = samples * (3 * args.steps + 1)
     what = "states, noise, outputs; the transitions with their guidance"
     lines = {
         "guidance": f"{args.guidance}, temporal weight {args.temporal}, scale {args.scale:g}",
         "network evaluations per epoch": ", ".join(f"{samples * n} {k}" for k, n in calls.items()),
         "reward gradients per epoch": f"{samples * gradients} images, through decoder and reward",
         "transitions per epoch": f"{samples * rows}, {samples * rows // args.updates_per_epoch} per update",
-        "memory for the rollout": harness.rollout_memory(args, latents, what),
+        "memory for the rollout": harness.rollout_memory(args, path + samples * rows * kept, what, path),
     }
     if backward:
         lines[harness.UNKNOWN] = "the second derivative keeps whole attention matrices"

@@ -736,7 +736,7 @@ def sizes(args) -> dict[str, str]:
         "network evaluations per epoch": f"{first}, {update} with gradient, {frozen}",
         "decodes and reward evaluations per epoch": f"{samples * leaves} images",
         "training rows per epoch": f"{samples * children}",
-        "memory for the rollout": harness.rollout_memory(args, latents, what),
+        "memory for the rollout": harness.rollout_memory(args, latents, what, samples * (args.steps + 1)),
     }
 
 

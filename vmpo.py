@@ -508,9 +508,10 @@ def sizes(args) -> dict[str, str]:
     calls = f"{samples * args.steps * passes} in the rollout, {reference} of the reference"
     lines = {}
     if gradient:
-        latents, what = samples * (5 * args.steps + 2), "states, noise, two outputs, gradients"
-        lines["reward gradients per epoch"] = f"{samples * (args.steps + 1)} images"
-        lines["memory for the rollout"] = harness.rollout_memory(args, latents, what)
+        usual, own = samples * (4 * args.steps + 1), samples * (args.steps + 1)
+        what = "states, noise, two outputs, gradients"
+        lines["reward gradients per epoch"] = f"{own} images"
+        lines["memory for the rollout"] = harness.rollout_memory(args, usual + own, what, usual)
     if args.objective in ("gradient-xt", "gradient-gfn"):
         lines[harness.UNKNOWN] = "the second derivative keeps whole attention matrices"
     return lines | {

@@ -167,7 +167,8 @@ CHECKPOINTING = "--gradient-checkpointing"
 AIMS = [  # what a card of so many GB must hold; the last: does it have to checkpoint?
     ("vmpo --preset sd15-hpsv2", 12, False), ("vmpo --preset sd35-ocr", 24, False),
     ("grpo --preset flowgrpo-sd35-ocr", 24, False), ("grpo --preset flowgrpo-flux", 80, False),
-    ("awm --preset awm-flux-ocr", 80, False), ("awm --preset awm-flux-ocr", 48, True),
+    ("awm --preset awm-geneval", 24, False), ("awm --preset awm-flux-ocr", 80, False),
+    ("awm --preset awm-flux-ocr", 48, True),
     ("first_order_rsm --preset rsm-sd15-hpsv2", 24, False), ("tempflow_rsm --preset rsm-geneval", 48, False),
 ]  # fmt: skip
 
@@ -215,6 +216,39 @@ def test_what_fits_no_card_is_said_before_anything_is_loaded(capsys):
     with pytest.raises(SystemExit) as stop:  # double backward: not estimated
         vmpo.parse_args("--preset sd15-hpsv2 --objective gradient-xt --potential r2g --memory 80 --dry-run".split())
     assert stop.value.code == 2 and "second derivative" in capsys.readouterr().err
+
+
+ADVICE = {  # what would fit, and what would not
+    "vmpo --preset sd15-hpsv2 --memory 12 --micro-batch-size 64": ("leave --micro-batch-size out", "images an epoch"),
+    "tempflow_rsm --preset rsm-geneval --memory 24": ("--no-t5", "leave"),
+    "first_order_rsm --preset rsm-sd35-hpsv2 --memory 24": ("reward's gradient)", "--no-t5"),
+    "vmpo --preset tiny --memory 24 --lora-targets nothing": ("--lora-targets nothing matches no layer", "leave"),
+}
+
+
+@pytest.mark.parametrize("command", ADVICE)
+def test_advice_is_what_helps(capsys, command):
+    script, *flags = command.split()
+    with pytest.raises(SystemExit) as stop:
+        importlib.import_module(script).parse_args([*flags, "--dry-run"])
+    (helps, idle), message = ADVICE[command], capsys.readouterr().err
+    assert stop.value.code == 2 and helps in message and idle not in message, message
+
+
+def test_what_is_not_estimated_has_no_estimate(capsys):
+    with pytest.raises(SystemExit):
+        importlib.import_module("vmpo").parse_args(["--objective", "gradient-xt", "--potential", "r2g", "--dry-run"])
+    printed = capsys.readouterr().out
+    assert arguments.UNKNOWN in printed and "memory of each GPU" not in printed
+
+
+@pytest.mark.parametrize("command, stays", [  # the start and the noise of each step; states, outputs
+    ("awm --preset awm-geneval", 1 / 12), ("vmpo --model sd15 --objective gradient --potential r2g", 51 / 252),
+    ("tempflow_rsm --preset rsm-geneval", 1 - 192 * 11 / 29760), ("grpo --preset flowgrpo-flux", 0),
+])  # fmt: skip
+def test_offloading_moves_all_but_what_a_method_keeps_on_the_gpu(capsys, command, stays):
+    whole, rest = (dry_run(capsys, command + more)[1].get("rollout", 0) for more in ("", " --offload-rollout"))
+    assert rest == pytest.approx(whole * stays, abs=0.01)
 
 
 def test_a_model_that_cannot_be_counted_is_named(tmp_path, capsys):
