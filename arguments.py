@@ -820,9 +820,10 @@ def choose(args, explicit: dict, sizes) -> None:
     small = f"--memory {args.memory:g}: the run needs {least['in all']:.1f} GB at least (most: {most}),"
     ways = [f"take a card of {math.ceil(least['in all'] / 0.9)} GB"]
     ways += [f"leave --{name.replace('_', '-')} out" for name in CHOSEN if name in explicit]
-    ways += ["--no-t5"] * (args.t5 and args.backbone is common.SD35 and most in ("text encoders", "during encoding"))
-    ways += ["a smaller --resolution"] + ["fewer images an epoch"] * (least["rollout"] > 1)
-    need(least["in all"] <= room, f"{small} and a tenth must stay free", ", ".join(ways[:-1]) + " or " + ways[-1])
+    if not args.resume:  # which keeps these
+        t5 = args.t5 and args.backbone is common.SD35 and most in ("text encoders", "during encoding")
+        ways += ["--no-t5"] * t5 + ["a smaller --resolution"] + ["fewer images an epoch"] * (least["rollout"] > 1)
+    need(least["in all"] <= room, f"{small} and a tenth must stay free", " or ".join(ways))
     fits = [trial for trial, parts in found.items() if parts["in all"] <= room]
     best = min(fits, key=lambda c: (c[0], -min(c[1], 8), c[2], c[3], -c[1], -c[4]))
     vars(args).update(zip(CHOSEN, best))

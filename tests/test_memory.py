@@ -334,6 +334,9 @@ def test_a_resumed_run_keeps_what_was_chosen(tmp_path, capsys):
         again = vmpo.parse_args([*resume, *more])
         assert again.micro_batch_size == micro and again.memory == 1 and again.counted is None
         assert "memory of each GPU" not in capsys.readouterr().out
+    with pytest.raises(SystemExit):  # too small a card: a run keeps its --resolution
+        vmpo.parse_args([*resume, "--memory", "0.001"])
+    assert re.search(r"stay free; take a card of \d GB$", capsys.readouterr().err.strip())
     other = vmpo.parse_args([*resume, "--memory", str(0.8 * need / 0.9)])  # another card
     assert other.micro_batch_size == 3 and "memory of each GPU" in capsys.readouterr().out
     vmpo.main(other)
