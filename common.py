@@ -757,17 +757,22 @@ def shuffled_rows(mine: range, samples: int, steps: list[int], updates: int, *ke
     """For each of `updates` optimiser steps this process's transitions, (n, 2) of (local sample, step index).
 
     The shuffle (by `key`) is over the transitions of all `samples`, of which this process has `mine`, so that every
-    update sees the same set however many processes there are.  each: so many of the steps, drawn for each sample.
+    update sees the same set however many processes there are.  It is stratified: of so many successive transitions
+    each goes to another update, so all processes have as many rows of one, within two, and none waits for another.
+    each: so many of the steps, drawn for each sample.
     """
     table = torch.tensor(steps).expand(samples, -1)
     if each:
         draws = [torch.randperm(len(steps), generator=generator("subset", *key, n))[:each] for n in range(samples)]
         table = torch.tensor(steps)[torch.stack(draws)]
-    order = torch.randperm(table.numel(), generator=generator("shuffle", *key))
-    rows = torch.stack([order // table.shape[1], table.flatten()[order]], 1)
-    parts = rows.tensor_split(updates)
-    here = [(p[:, 0] >= mine.start) & (p[:, 0] < mine.stop) for p in parts]
-    return [p[own] - torch.tensor([mine.start, 0]) for p, own in zip(parts, here)]
+    drawn, count, width = generator("shuffle", *key), table.numel(), table.shape[1]
+    order = torch.randperm(count, generator=drawn)
+    rows = torch.stack([order // width, table.flatten()[order]], 1)
+    turns = torch.rand((-(-count // updates), updates), generator=drawn).argsort(1).flatten()[:count]
+    update = torch.empty_like(turns)
+    update[rows[:, 0].argsort(stable=True)] = turns  # sample by sample, its transitions in the shuffle's order
+    here = (rows[:, 0] >= mine.start) & (rows[:, 0] < mine.stop)
+    return [rows[here & (update == u)] - torch.tensor([mine.start, 0]) for u in range(updates)]
 
 
 def micro_batches(rows: torch.Tensor, size: int, desc: str):

@@ -110,6 +110,28 @@ def test_shuffled_rows_are_a_partition_and_the_same_for_any_number_of_processes(
             assert set().union(*(as_set(p[update], r * local) for r, p in enumerate(ranks))) == as_set(one[update])
 
 
+@pytest.mark.parametrize("updates", [2, 3, 5])
+@pytest.mark.parametrize("samples, steps, world", [(24, [0, 1, 2, 5], 8), (48, [0], 6), (30, [3, 4, 6], 3)])
+def test_shuffled_rows_are_shared_out_evenly_among_the_processes(samples, steps, world, updates):
+    local = samples // world
+    for epoch in range(20):
+        shares = [range(r * local, (r + 1) * local) for r in range(world)]
+        counts = [[len(p) for p in common.shuffled_rows(mine, samples, steps, updates, 7, epoch)] for mine in shares]
+        even = local * len(steps) / updates
+        assert all(abs(n - even) < 2 for each in counts for n in each)
+        whole = [sum(each) for each in zip(*counts)]
+        assert sum(whole) == samples * len(steps) and max(whole) - min(whole) <= 1
+
+
+def test_shuffled_rows_give_each_transition_to_each_update_as_often():
+    seen, epochs = torch.zeros(3, 5, 2), 3000  # updates, samples, steps
+    for epoch in range(epochs):
+        for update, rows in enumerate(common.shuffled_rows(range(5), 5, [0, 1], 3, 1, epoch)):
+            seen[update, rows[:, 0], rows[:, 1]] += 1
+    expected = epochs / 3
+    assert ((seen - expected).abs() < 5 * (expected * 2 / 3) ** 0.5).all()
+
+
 def test_shuffled_rows_change_with_epoch_pass_and_seed():
     def rows(seed, epoch, inner):
         return common.shuffled_rows(range(16), 16, [0, 1], 1, seed, epoch, inner)[0].tolist()
