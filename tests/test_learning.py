@@ -61,9 +61,9 @@ def test_two_numbers_of_the_docs():
     assert cell.startswith(f"**{np.mean(found):+.3f}** ")
     low, high = map(float, re.search(r"\[(.+), (.+)\]", cell).groups())
     assert min(found) - 1e-3 <= low < high <= max(found) + 1e-3
-    better, worse = gains("tiny-sd15", "awm"), gains("tiny-sd15", "grpo")  # both have 60 epochs
+    better, worse = gains("tiny-sd15", "awm"), gains("tiny-sd15", "grpo-2-updates")  # 60 epochs each
     pairs = [a > b for a, b in itertools.product(better, worse)]
-    chance = line("docs/awm.md", "`awm` > `grpo`", "tiny-sd15")[-1]
+    chance = line("docs/awm.md", "`awm` > `grpo-2-updates`", "tiny-sd15")[-1]
     assert chance.startswith(f"**{np.mean(pairs):.3f}** ")
 
 
