@@ -371,7 +371,7 @@ GRPO_BOTH = [
     TWO + "--loss grpo --kl mean --kl-anchor ref --beta 3 --adv-norm group --adv-unbiased --adv-eps 1e-2"
     " --random-steps 2 --shared-blocks 3 --inner-epochs 2",
     TWO + "--loss grpo --kl velocity --kl-anchor ref --beta 9 --drop-zero-advantage --adv-norm global --epochs 2"
-    f" --reward {MIXED} --num-prompts 4 --random-steps 1",
+    f" --reward {MIXED} --num-prompts 4 --random-steps 1 --seed 1",
     TWO + "--loss grpo --sde-window 2 --sde-window-mode progressive --kl mean --kl-anchor ref --beta 3"
     " --adv-norm global --epochs 2 --train-fraction 0.75",
     TWO + "--loss grpo --sde-window 2 --sde-window-mode progressive --kl none --adv-norm global --epochs 3",
