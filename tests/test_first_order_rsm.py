@@ -1149,8 +1149,8 @@ STATEFUL = [
     ("flow", "--value-net --train-fraction 1 --updates-per-epoch 2 --ema-decay 0.9 --ema-every 1"),
     ("eps", "--method residual-db --flow-net --step-every 2 --updates-per-epoch 2 --old-coef 10"),
     ("eps", "--method sqdf --replay-size 7 --step-every 2 --updates-per-epoch 2"),
-    # seed 1: in others a pixel lies within rounding of 1, where the image is clamped and its gradient jumps
-    ("flow", "--method residual-db --flow-net --backward-coef 0.5 --replay-size 20 --updates-per-epoch 2 --seed 1"),
+    # seed 5: in some others a pixel lies within rounding of 1, where the image is clamped and its gradient jumps
+    ("flow", "--method residual-db --flow-net --backward-coef 0.5 --replay-size 20 --updates-per-epoch 2 --seed 5"),
 ]  # fmt: skip
 
 
