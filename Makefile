@@ -5,7 +5,6 @@ PYTHON ?= python3
 METHOD ?= awm
 PRESET ?= $(if $(filter awm,$(METHOD)),tiny-sd15-release,tiny-sd15)
 BIN = .venv/bin
-export OMP_WAIT_POLICY ?= PASSIVE
 
 .PHONY: demo test torture lint reference
 

@@ -42,7 +42,7 @@ Port:  copy the functions under "method": tensors in, tensors out; see docs/port
 
 import os
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: on a busy CPU, threads that spin cost ten times
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # before torch: on a busy CPU, threads that spin on cost ten times
 
 import dataclasses
 

@@ -36,7 +36,7 @@ Port:  copy diff_potential(), log_weights(), vmpo_loss(): tensors in, tensors ou
 
 import os
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: on a busy CPU, threads that spin cost ten times
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # before torch: on a busy CPU, threads that spin on cost ten times
 
 import torch
 from torch import nn
