@@ -25,12 +25,12 @@ from common import UsageError
 HERE = Path(__file__).resolve().parent
 # what every trainer needs
 SHARED = ("common.py", "harness.py", "arguments.py", "checkpoints.py", "pictures.py", "rewards.py")
-MODELS = {  # name: folder or hub id, pipeline, latent channels, pixels per latent, papers' resolution, parameters (M)
-    "sd15": ("stable-diffusion-v1-5/stable-diffusion-v1-5", "StableDiffusionPipeline", 4, 8, 512, 860),
-    "sd3.5-medium": ("stabilityai/stable-diffusion-3.5-medium", "StableDiffusion3Pipeline", 16, 8, 512, 2243),
-    "flux.1-dev": ("black-forest-labs/FLUX.1-dev", "FluxPipeline", 16, 8, 512, 11901),
-    "tiny-sd15": (str(HERE / "tiny" / "sd15"), "StableDiffusionPipeline", 4, 4, 32, 1.1),
-    "tiny-sd35": (str(HERE / "tiny" / "sd35"), "StableDiffusion3Pipeline", 4, 4, 32, 1.3),
+MODELS = {  # name: folder or hub id, pipeline, latent channels, pixels per latent, papers' resolution
+    "sd15": ("stable-diffusion-v1-5/stable-diffusion-v1-5", "StableDiffusionPipeline", 4, 8, 512),
+    "sd3.5-medium": ("stabilityai/stable-diffusion-3.5-medium", "StableDiffusion3Pipeline", 16, 8, 512),
+    "flux.1-dev": ("black-forest-labs/FLUX.1-dev", "FluxPipeline", 16, 8, 512),
+    "tiny-sd15": (str(HERE / "tiny" / "sd15"), "StableDiffusionPipeline", 4, 4, 32),
+    "tiny-sd35": (str(HERE / "tiny" / "sd35"), "StableDiffusion3Pipeline", 4, 4, 32),
 }
 
 
@@ -702,7 +702,7 @@ def latent_size(args) -> int | None:
     """d, the number of scalars in one latent; None for a model that is neither in MODELS nor counted."""
     if args.model not in MODELS:
         return args.counted and args.counted.latent
-    _, _, channels, pixels, _, _ = MODELS[args.model]
+    _, _, channels, pixels, _ = MODELS[args.model]
     return channels * (args.resolution // pixels) ** 2
 
 

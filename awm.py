@@ -329,23 +329,8 @@ def main(args):
                 o = output(policy, rows, args)  # (b, n_t, C, h, w)
                 error = matching_error(o, rows.target)  # (b, n_t)
                 # 4b: the policy loss
-                if args.objective == "nft":  # v_old is the lagged copy's
-                    to_x0 = functools.partial(x0_hat, policy.kind, rows.x_t, rows.alpha, rows.nu)
-                    space = (to_x0, x0[n, None]) if args.nft_space == "x0" else ()
-                    loss = nft_loss(a[:, None], o, o_lag, rows.target, args.nft_beta, args.adv_clip, *space)
-                    loss, log_ratio = loss.mean(1), torch.zeros_like(error)  # it has no ratio
-                elif args.objective == "ram":  # 4c adds its anchor
-                    o_old = o_lag if args.offpolicy == "lagged" else o.detach()
-                    loss = ram_loss(a[:, None], o, o_old, rows.target).mean(1)
-                    log_ratio = torch.zeros_like(error)
-                else:
-                    weighted = bound(args, rows, o)
-                    weighted_old = weighted.detach()  # theta itself: the ratio is 1, with a gradient
-                    if args.offpolicy == "lagged":
-                        weighted_old = bound(args, rows, o_lag)
-                    elif args.offpolicy == "half" and update > 0:
-                        weighted_old = old[n]
-                    loss, log_ratio = awm_loss(a, weighted, weighted_old, args.ratio, args.clip_range)
+                known = old[n] if args.offpolicy == "half" and update > 0 else None
+                loss, log_ratio = policy_loss(policy.kind, rows, x0[n, None], o, o_lag, known, a, args)
                 # 4c: + KL to the reference and to the lagged copy, gradients
                 total, values = loss, {}
                 if args.beta:
@@ -467,9 +452,29 @@ def output(policy, rows: Noised, args) -> torch.Tensor:
 
 def bound(args, rows: Noised, o: torch.Tensor) -> torch.Tensor:
     """w(t) mean ||o - target||^2, (b, n_t): minus l of Eq. 10."""
-    absolute = (o - rows.target).detach().abs().flatten(-3).double().mean(-1)
-    error = matching_error(o, rows.target)
+    error, absolute = matching_error(o, rows.target), None
+    if args.weight == "adaptive":
+        absolute = (o - rows.target).detach().abs().flatten(-3).double().mean(-1)
     return weighted_error(error, rows.t, args.weight, args.huber_power, rows.elbo, absolute)
+
+
+def policy_loss(kind: str, rows: Noised, x0, o, o_lag, old, adv, args):
+    """--objective of b images: the loss (b,), and the log ratio, 0 where there is none.
+
+    old: the rollout's bound (b, n_t), where it is the old policy's; o_lag: the lagged copy's output.
+    """
+    if args.objective == "awm":
+        now = bound(args, rows, o)
+        if old is None:  # theta itself: the ratio is 1, with a gradient
+            old = bound(args, rows, o_lag) if args.offpolicy == "lagged" else now.detach()
+        return awm_loss(adv, now, old, args.ratio, args.clip_range)
+    if args.objective == "nft":  # v_old is the lagged copy's
+        space = (functools.partial(x0_hat, kind, rows.x_t, rows.alpha, rows.nu), x0) if args.nft_space == "x0" else ()
+        loss = nft_loss(adv[:, None], o, o_lag, rows.target, args.nft_beta, args.adv_clip, *space)
+    else:  # ram: --beta adds its anchor
+        v_old = o_lag if args.offpolicy == "lagged" else o.detach()
+        loss = ram_loss(adv[:, None], o, v_old, rows.target)
+    return loss.mean(1), torch.zeros_like(loss)
 
 
 @torch.no_grad()

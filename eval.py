@@ -121,14 +121,11 @@ def parse_args(argv=None):
     # what harness reads besides; once the prompts are encoded, the encoders leave the GPU
     parser.set_defaults(gradient_checkpointing=False, detach_uncond=False, lora_targets="attention")
     parser.set_defaults(offload_text_encoders=True, offload_rollout=False, vae_dtype="float32")
-    command = shlex.join(["python", "eval.py", *(sys.argv[1:] if argv is None else argv)])
+    parser.set_defaults(command=shlex.join(["python", "eval.py", *(sys.argv[1:] if argv is None else argv)]))
     try:
         first = parser.parse_args(argv)
         if first.sweep:
-            given = [k for k, v in vars(first).items() if k not in ("sweep", "out") and v != parser.get_default(k)]
-            odd = ", ".join("--" + key.replace("_", "-") for key in given)
-            need(not given, f"--sweep shows what the runs have measured themselves; leave {odd} out")
-            first.command = command
+            eval_runs.check_sweep(parser, first)
             return first
         own = eval_runs.panel_defaults(first) if first.panel else eval_runs.lora_defaults(first)
         if first.preset:  # a protocol: with its sampler, which is deterministic
@@ -136,7 +133,6 @@ def parse_args(argv=None):
         parser.set_defaults(**own | PRESETS.get(first.preset, {}))
         args = parser.parse_args(argv)
         eval_runs.own_paths(args, first, own)
-        args.command = command
         harness.check_limits(parser, args)
         check_args(args)
         args.lora_files = find_loras(args)
@@ -457,8 +453,10 @@ def panel_data(args, scores, summary, groups: list) -> dict:
 
 # ---- main --------------------------------------------------------------------
 def main(args):
-    if args.sweep:
-        return eval_runs.sweep(args)
+    eval_runs.sweep(args) if args.sweep else evaluate(args)
+
+
+def evaluate(args):
     # ---- 1 what is there already ---------------------------------------------
     out, device = Path(args.out), torch.device(args.device)
     dtype, reason = harness.pick_dtype(args.dtype, device)

@@ -133,6 +133,13 @@ def over_seeds(values) -> dict:
 
 
 # ---- --sweep: the seeds of each setting --------------------------------------
+def check_sweep(parser, args) -> None:
+    """No flag is given beside it and --out: nothing is drawn or scored anew."""
+    given = [k for k, v in vars(args).items() if k not in ("sweep", "out") and v != parser.get_default(k)]
+    odd = ", ".join("--" + key.replace("_", "-") for key in given)
+    need(not given, f"--sweep shows what the runs have measured themselves; leave {odd} out")
+
+
 def read_run(folder: Path) -> tuple[dict, dict]:
     """What decides its results but the seed; and the run, with its held-out rewards {epoch: mean} so far."""
     try:

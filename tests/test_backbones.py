@@ -15,6 +15,7 @@ import diffusers
 import pytest
 import torch
 
+import arguments
 import awm
 import common
 import eval as evaluation
@@ -185,7 +186,8 @@ def test_models_made_for_real_have_the_published_sizes():
             nets = [getattr(diffusers, c["_class_name"]).from_config(c) for c in nets]
         assert [sum(p.numel() for p in net.parameters()) / 1e6 for net in nets] == pytest.approx(expected, abs=0.06)
         name = {"flux": "flux.1-dev"}.get(kind, kind)
-        _, pipeline, channels, pixels, _, millions = harness.MODELS[name]
+        _, pipeline, channels, pixels, _ = harness.MODELS[name]
+        millions = arguments.COUNTED[name, "attention"].denoiser
         assert (pipeline, millions) == (parts["_class_name"], pytest.approx(expected[0], rel=1e-3))
         assert (channels, pixels) == (parts["vae"]["latent_channels"], 8)
 
